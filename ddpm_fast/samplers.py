@@ -1,0 +1,129 @@
+r"""Samplers: from a schedule to the coefficients of every step.
+
+A step takes x_t to x_t' at the next, less noisy timestep t' (primes below; abar' = 1 at the end):
+
+    x0_hat = u x_t + w pred
+    x_t'   = A x_t + B clip(x0_hat) + C x0_prev + sigma z,     z ~ N(0, I)
+
+A sampler is a function that gives these numbers for K steps. Nothing else of it reaches a kernel.
+"""
+
+__all__ = ["StepTable", "ancestral", "ddim", "strided_timesteps"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .parameterization import VARIANCES, x_start_rows
+from .schedules import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """K steps in the order in which they are taken, each field of shape (K,): t int64, the others float64."""
+
+    t: Tensor
+    u: Tensor
+    w: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    sigma: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def rows(self) -> Tensor:
+        """The coefficients as `ops.reverse_step` takes them: (u, w, A, B, C, sigma), shape (K, 6), float64."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)[1:]], dim=1)
+
+
+def strided_timesteps(timesteps: int, steps: int | Sequence[int]) -> Tensor:
+    """The timesteps that K steps visit, from the noisiest on.
+
+    Args:
+        timesteps: T of the schedule.
+        steps: K of them, evenly strided and always with T - 1; or the timesteps themselves, in any order.
+
+    Returns:
+        Shape (K,), int64, falling.
+
+    Raises:
+        ValueError: more steps than timesteps, or timesteps outside [0, T) or given twice.
+    """
+    if isinstance(steps, int) and not isinstance(steps, bool):
+        if not 1 <= steps <= timesteps:
+            raise ValueError(f"steps must lie in [1, {timesteps}], the schedule's timesteps; got {steps}")
+        return torch.linspace(-1, timesteps - 1, steps + 1).long()[1:].flip(0)
+    chosen = torch.as_tensor(steps)
+    if chosen.ndim != 1 or not len(chosen) or chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise ValueError(f"steps must be a whole number or a list of whole timesteps, got {steps!r}")
+    if chosen.min() < 0 or chosen.max() >= timesteps or len(chosen.unique()) < len(chosen):
+        raise ValueError(f"timesteps must be distinct and lie in [0, {timesteps}); got {chosen.tolist()}")
+    return chosen.long().sort(descending=True).values
+
+
+def _abar_pairs(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """abar at each timestep and at the next one, 1 after the last."""
+    abar = schedule.alphas_cumprod[t]
+    return abar, torch.cat([abar[1:], abar.new_ones(1)])
+
+
+def ancestral(
+    schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None, *, variance: str = "posterior"
+) -> StepTable:
+    """Ancestral sampling. Ho et al. (2020), algorithm 2; strided as in Nichol & Dhariwal (2021), sec. 4.
+
+    Args:
+        steps: as in `strided_timesteps`; None for all.
+        variance: sigma^2 = `beta` or `posterior` (those of the strided chain).
+    """
+    t = strided_timesteps(len(schedule), len(schedule) if steps is None else steps)
+    abar, abar_next = _abar_pairs(schedule, t)
+    alpha = abar / abar_next
+    beta = 1 - alpha
+    if variance == "beta":
+        sigma2 = beta.clone()
+    elif variance == "posterior":
+        sigma2 = beta * (1 - abar_next) / (1 - abar)
+    else:
+        raise ValueError(f"unknown variance {variance!r}; there are {', '.join(VARIANCES)}")
+    sigma2[-1] = 0  # the last step returns the mean
+    u, w = (row[t] for row in x_start_rows(schedule, objective))
+    return StepTable(
+        t=t,
+        u=u,
+        w=w,
+        A=alpha.sqrt() * (1 - abar_next) / (1 - abar),
+        B=abar_next.sqrt() * beta / (1 - abar),
+        C=torch.zeros_like(u),
+        sigma=sigma2.sqrt(),
+    )
+
+
+def ddim(
+    schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None, *, eta: float = 0.0
+) -> StepTable:
+    """DDIM. Song et al. (2021), eq. 12 and 16, with eps found again from the clipped x0_hat.
+
+    Args:
+        steps: as in `strided_timesteps`; None for all.
+        eta: 0 is deterministic, 1 has the posterior variance; larger ones as long as a step's variance allows.
+    """
+    if not eta >= 0:
+        raise ValueError(f"eta must be at least 0, got {eta}")
+    t = strided_timesteps(len(schedule), len(schedule) if steps is None else steps)
+    abar, abar_next = _abar_pairs(schedule, t)
+    a, s, a_next = abar.sqrt(), (1 - abar).sqrt(), abar_next.sqrt()
+    sigma = eta * ((1 - abar_next) / (1 - abar)).sqrt() * (1 - abar / abar_next).sqrt()
+    direction2 = 1 - abar_next - sigma**2  # the variance that is left for the noise already there
+    if (direction2 < -1e-12).any():
+        raise ValueError(f"eta = {eta} gives some of these {len(t)} steps more noise than x_t' may hold; take less")
+    direction = direction2.clamp(min=0).sqrt()
+    u, w = (row[t] for row in x_start_rows(schedule, objective))
+    return StepTable(
+        t=t, u=u, w=w, A=direction / s, B=a_next - direction * a / s, C=torch.zeros_like(u), sigma=sigma
+    )
