@@ -1,0 +1,170 @@
+r"""Gaussian noise that belongs to an image, not to a batch.
+
+The noise of sample n in stream s is a pure function of (seed, n, s): the same in a batch of 1 or of 64, in one
+process or in eight, on every device (to rounding). It is the generator of `torch.func._random`, philox4x32-10
+(Salmon et al., 2011), written here in plain PyTorch because that interface is experimental:
+
+    key_{n,s} = fold_in(fold_in(key(seed), n), s)                     n: index of the sample in the whole run
+    eps[n]    = normal(key_{n,s}, (H, W, C)).permute(2, 0, 1)         s: the stream, one for each use
+
+A key is (seed, offset), two 64-bit words. Block j of its stream is philox(key = seed, counter = offset + j);
+fold_in(key, d) is the 128-bit block d, read as a key. Block j holds the elements 4j ... 4j + 3: its words make the
+uniforms u_0 ... u_3 = word 2^-32 + 2^-33, and the pairs (u_0, u_1), (u_2, u_3) each make two normals by Box-Muller,
+sqrt(-2 ln u_0) times cos and sin of 2 pi u_1.
+
+Images are counted channels-last, as the kernels walk them, and come out in that memory format. Data without image
+axes, (N, D) and (N, C, L), is counted as it lies.
+
+Streams: 0 is x_T in a sampling run and eps in training, k + 1 the noise of the k-th sampling step.
+"""
+
+__all__ = ["OFFSET", "SECOND_IMAGE", "channels_last_format", "draw_seed", "fold_in", "gaussian", "key", "normal", "source"]
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Streams of other uses than the steps of a sampling run, which are fewer.
+OFFSET = 1 << 32  # offset noise in training
+SECOND_IMAGE = OFFSET + 1  # the second image of an interpolation
+
+_LOW = 0xFFFFFFFF
+
+
+def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
+    """The key (seed, offset 0), shape (2,), int64 (the bits of uint64, for which PyTorch has no arithmetic)."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed must be a whole number in [-2^63, 2^64), got {seed!r}")
+    return torch.tensor([_as_int64(seed), 0], dtype=torch.int64, device=device)
+
+
+def fold_in(keys: Tensor, data: int | Tensor) -> Tensor:
+    """Derives keys.
+
+    Args:
+        keys: shape (..., 2), int64.
+        data: a number in [0, 2^64), or int64 numbers whose shape broadcasts against `keys.shape[:-1]`.
+
+    Returns:
+        Keys, shape (broadcast, 2), int64.
+    """
+    if isinstance(data, int):
+        data = _as_int64(data)
+    w0, w1, w2, w3 = _philox(keys[..., 0], keys[..., 1] + data)
+    return torch.stack([w0 | w1 << 32, w2 | w3 << 32], dim=-1)
+
+
+def normal(keys: Tensor, size: int) -> Tensor:
+    """The first `size` standard normals of each key's stream.
+
+    Args:
+        keys: shape (..., 2), int64.
+
+    Returns:
+        Shape (..., size), float32.
+    """
+    blocks = torch.arange((size + 3) // 4, device=keys.device)
+    words = _philox(keys[..., :1], keys[..., 1:] + blocks)
+    # The roundings are part of the contract: near u = 1 one more or less moves sqrt(-2 ln u) by 3e-4.
+    u0, u1, u2, u3 = (w.float() * 2.0**-32 + 2.0**-33 for w in words)
+    out = torch.stack([*_box_muller(u0, u1), *_box_muller(u2, u3)], dim=-1)
+    return out.flatten(-2)[..., :size]
+
+
+def gaussian(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    stream: int = 0,
+    sample_offset: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise, the same for one image in any batch.
+
+    Args:
+        shape: (N, ...): (N, C, H, W) images come back channels-last; (N, C, L) and (N, D) contiguous.
+        seed: of the run.
+        stream: which use of noise within a sample, at least 0.
+        sample_offset: index in the run of the batch's first sample: row i is sample `sample_offset + i`.
+        dtype: any floating type; the numbers are made in float32 and then rounded (float64: widened).
+
+    Raises:
+        ValueError: a shape without a batch axis, or a seed, stream or offset that is not a number in range.
+    """
+    shape = tuple(shape)
+    if not shape or any(size < 0 for size in shape):
+        raise ValueError(f"shape must be (N, ...) with sizes of at least 0, got {shape}")
+    for name, value in (("stream", stream), ("sample_offset", sample_offset)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+            raise ValueError(f"{name} must be a whole number in [0, 2^63), got {value!r}")
+    n, *rest = shape
+    samples = sample_offset + torch.arange(n, device=device)
+    keys = fold_in(fold_in(key(seed, device=device), samples), stream)  # (N, 2)
+    eps = normal(keys, math.prod(rest)).to(dtype)  # (N, C * H * W)
+    if channels_last_format(len(shape)) is None:
+        return eps.reshape(shape)
+    channels, *axes = rest
+    return eps.reshape(n, *axes, channels).movedim(-1, 1)  # (N, C, H, W) over (N, H, W, C)
+
+
+def source(
+    rng: str,
+    *,
+    seed: int | torch.Generator | None = None,
+    sample_offset: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[int, Sequence[int]], Tensor]:
+    """A function from (stream, shape) to noise, in either of two ways.
+
+    Args:
+        rng: `philox`: as `gaussian`. `torch`: by torch.randn, one call after the other, whatever the stream and
+            the offset; the numbers that other packages draw.
+        seed: a number, or a generator (philox: one seed is drawn from it); None for PyTorch's default generator.
+    """
+    if rng == "torch":
+        generator = torch.Generator(device or "cpu").manual_seed(seed) if isinstance(seed, int) else seed
+        return lambda stream, shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    number = seed if isinstance(seed, int) else draw_seed(seed)
+    return lambda stream, shape: gaussian(
+        shape, seed=number, stream=stream, sample_offset=sample_offset, device=device, dtype=dtype
+    )
+
+
+def channels_last_format(ndim: int) -> torch.memory_format | None:
+    """PyTorch's channels-last format for so many axes; None where it has none."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim)
+
+
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """A 63-bit seed from a generator, PyTorch's default one if None (`torch.manual_seed` governs it)."""
+    device = None if generator is None else generator.device
+    return int(torch.randint(0, (1 << 63) - 1, (), generator=generator, device=device))
+
+
+def _as_int64(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of philox4x32 on the counter (64 bits, the upper 64 being 0); four words in int64, each < 2^32."""
+    seed, counter = torch.broadcast_tensors(seed, counter)
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    c0, c1 = counter & _LOW, counter >> 32 & _LOW
+    c2 = c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        # int64 products wrap mod 2^64, which leaves all bits of a 32 x 32 product right.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = (p1 >> 32 & _LOW) ^ c1 ^ k0, (p0 >> 32 & _LOW) ^ c3 ^ k1
+        c1, c3 = p1 & _LOW, p0 & _LOW
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+    return c0, c1, c2, c3
+
+
+def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    r = (u.log() * -2).sqrt()
+    phi = v * (2 * math.pi)
+    return r * phi.cos(), r * phi.sin()
