@@ -1,0 +1,99 @@
+"""The blocks of the U-Net. All tensors are channels-last, (N, C, H, W) over (N, H, W, C)."""
+
+__all__ = ["Attention", "Downsample", "GroupNorm", "ResidualBlock", "TimeEmbedding", "Upsample"]
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm and, unless `silu=False`, SiLU after it."""
+
+    def __init__(self, groups: int, channels: int, eps: float, *, silu: bool = True) -> None:
+        super().__init__(groups, channels, eps)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t and two linear layers. Vaswani et al. (2017), sec. 3.5, the sines first; Ho et al. (2020), B."""
+
+    def __init__(self, dim: int, time_dim: int) -> None:
+        super().__init__()
+        half = dim // 2
+        # Computed when called, in float32: a buffer would follow the model into half precision.
+        self.exponents = [-math.log(10000) * i / max(half - 1, 1) for i in range(half)]
+        self.linear_1 = nn.Linear(dim, time_dim)
+        self.linear_2 = nn.Linear(time_dim, time_dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequencies = torch.tensor(self.exponents, device=t.device).exp()
+        angles = t.float()[:, None] * frequencies  # (N, dim / 2)
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(embedding)))  # (N, time_dim)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(dropout(SiLU(norm(conv(SiLU(norm(x))) + time)))), `time` being the block's own projection of t."""
+
+    def __init__(self, channels: int, out_channels: int, *, groups: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.norm1 = GroupNorm(groups, channels, eps)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x)) + time[:, :, None, None]
+        return self.shortcut(x) + self.conv2(self.dropout(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, with a residual. One product makes q, k and v."""
+
+    def __init__(self, channels: int, *, heads: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupNorm(groups, channels, eps, silu=False)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view of channels-last memory
+        q, k, v = self.qkv(tokens).view(n, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, H * W, C / heads)
+        y = self.out(y.transpose(1, 2).reshape(n, h * w, c))
+        return x + y.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Halves H and W by a strided convolution, padded on the right and below."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles H and W: each pixel four times, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

@@ -1,0 +1,226 @@
+"""The U-Net of the DDPM paper, channels-last throughout. Ho et al. (2020), appendix B."""
+
+__all__ = ["PRESETS", "UNet"]
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The networks of the paper: CIFAR-10; CelebA-HQ and LSUN at 256 x 256.
+    "ddpm-cifar10-32": {"image_size": 32, "dim_mults": (1, 2, 2, 2), "attention_resolutions": (16,), "dropout": 0.1},
+    "ddpm-256": {"image_size": 256, "dim_mults": (1, 1, 2, 2, 4, 4), "attention_resolutions": (16,)},
+    # Small ones, for a CPU: the 8 x 8 digits of scikit-learn, and images like MNIST's.
+    "digits-8": {
+        "image_size": 8, "channels": 1, "dim": 32, "dim_mults": (1, 2), "num_res_blocks": 1,
+        "attention_resolutions": (4,), "norm_groups": 8,
+    },
+    "mnist-28": {
+        "image_size": 28, "channels": 1, "dim": 32, "dim_mults": (1, 2, 2), "num_res_blocks": 1,
+        "attention_resolutions": (7,), "norm_groups": 8,
+    },
+}  # fmt: skip
+
+
+class UNet(nn.Module):
+    """Predicts from x_t and t. `UNet.preset` makes well-known ones.
+
+    Args:
+        image_size: H = W; divisible by 2 for each level after the first.
+        channels: of the images.
+        out_channels: of the prediction; `channels` if None.
+        dim: channels of the first level, even.
+        dim_mults: channels of each level, as multiples of dim. Each level after the first has half the resolution.
+        num_res_blocks: residual blocks a level, on the way down; one more on the way up.
+        attention_resolutions: H of the levels whose blocks are followed by attention.
+        num_heads: of attention; divides the channels of those levels.
+        dropout: before the last convolution of a residual block.
+        norm_groups: groups of the group norms; divides dim.
+        norm_eps: added to the variance in group norm.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int = 3,
+        out_channels: int | None = None,
+        dim: int = 128,
+        dim_mults: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        num_heads: int = 1,
+        dropout: float = 0.0,
+        norm_groups: int = 32,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.channels = channels
+        self.factor = 2 ** (len(dim_mults) - 1)
+        dims = [dim * mult for mult in dim_mults]
+        resolutions = [image_size >> level for level in range(len(dims))]
+        _check_sizes(image_size, self.factor, dim, dims, resolutions, attention_resolutions, num_heads, norm_groups)
+
+        def block(c: int, c_out: int) -> ResidualBlock:
+            return ResidualBlock(c, c_out, groups=norm_groups, eps=norm_eps, dropout=dropout)
+
+        def attention(c: int, resolution: int | None = None) -> nn.Module:
+            if resolution is None or resolution in attention_resolutions:
+                return Attention(c, heads=num_heads, groups=norm_groups, eps=norm_eps)
+            return nn.Identity()
+
+        self.time_embedding = TimeEmbedding(dim, 4 * dim)
+        self.conv_in = nn.Conv2d(channels, dim, 3, padding=1)
+
+        c, skips = dim, [dim]  # channels of h, and of every state kept for the way up
+        self.down = nn.ModuleList()
+        for level, (c_out, resolution) in enumerate(zip(dims, resolutions, strict=True)):
+            blocks, attentions = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                blocks.append(block(c, c_out))
+                attentions.append(attention(c_out, resolution))
+                c = c_out
+                skips.append(c)
+            last = level == len(dims) - 1
+            self.down.append(_Level(blocks, attentions, None if last else Downsample(c)))
+            if not last:
+                skips.append(c)
+
+        self.mid_block1, self.mid_attention, self.mid_block2 = block(c, c), attention(c), block(c, c)
+
+        self.up = nn.ModuleList()
+        for level, (c_out, resolution) in reversed(list(enumerate(zip(dims, resolutions, strict=True)))):
+            blocks, attentions = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                blocks.append(block(c + skips.pop(), c_out))
+                attentions.append(attention(c_out, resolution))
+                c = c_out
+            self.up.append(_Level(blocks, attentions, Upsample(c) if level else None))
+
+        self.norm_out = GroupNorm(norm_groups, c, norm_eps)
+        self.conv_out = nn.Conv2d(c, out_channels or channels, 3, padding=1)
+
+        # One product projects t for all blocks: hundreds of small ones would each cost a launch.
+        self.blocks_out = [m.out_channels for m in self.modules() if isinstance(m, ResidualBlock)]
+        self.time_projection = nn.Linear(4 * dim, sum(self.blocks_out))
+        self._initialize()
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """As the paper's code: Xavier-uniform, no bias, and zero where a residual branch or the network ends."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in self.time_projection.weight.split(self.blocks_out):  # each its own layer in the paper
+            nn.init.xavier_uniform_(weight)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, Attention):
+                for weight in module.qkv.weight.chunk(3):
+                    nn.init.xavier_uniform_(weight)
+                nn.init.zeros_(module.out.weight)
+        nn.init.zeros_(self.conv_out.weight)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "UNet":
+        """A network by name, with changes to its arguments.
+
+        Args:
+            name: `ddpm-cifar10-32` (35,746,307 parameters), `ddpm-256` (113,673,219), `digits-8` or `mnist-28`.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**(PRESETS[name] | changes))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, channels, H, W), H and W divisible by 2^(levels - 1).
+            t: (N,), timesteps, whole or fractional.
+
+        Returns:
+            (N, out_channels, H, W), channels-last, in the dtype of the weights (or of autocast).
+        """
+        self._check_input(x, t)
+        times = self.time_projection(silu(self.time_embedding(t))).split(self.blocks_out, dim=1)
+        time = iter(times)  # in the order of `modules()`, which is that of the forward pass
+
+        x = x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down:
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(h, next(time)))
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+
+        h = self.mid_block1(h, next(time))
+        h = self.mid_block2(self.mid_attention(h), next(time))
+
+        for level in self.up:
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), next(time)))
+            if level.resample is not None:
+                h = level.resample(h)
+        return self.conv_out(self.norm_out(h))
+
+    def _check_input(self, x: Tensor, t: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x must have the shape (N, {self.channels}, H, W); got {tuple(x.shape)}")
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(
+                f"{len(self.down)} levels halve H and W {len(self.down) - 1} times, so both must be divisible by "
+                f"{self.factor}; got {x.shape[2]} x {x.shape[3]}"
+            )
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t must have the shape ({len(x)},), one timestep a sample; got {tuple(t.shape)}")
+
+
+class _Level(nn.Module):
+    """The blocks at one resolution, and what leads to the next."""
+
+    def __init__(self, blocks: nn.ModuleList, attentions: nn.ModuleList, resample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.attentions = attentions
+        self.resample = resample
+
+
+def _check_sizes(
+    image_size: int,
+    factor: int,
+    dim: int,
+    dims: list[int],
+    resolutions: list[int],
+    attention_resolutions: Sequence[int],
+    num_heads: int,
+    norm_groups: int,
+) -> None:
+    if image_size % factor:
+        raise ValueError(
+            f"image_size={image_size} cannot be halved {len(dims) - 1} times, once for each of dim_mults after the "
+            f"first; take a multiple of {factor}, or fewer dim_mults"
+        )
+    if dim % 2 or dim % norm_groups:
+        raise ValueError(f"dim={dim} must be even and a multiple of norm_groups={norm_groups}")
+    for resolution in attention_resolutions:
+        if resolution not in resolutions:
+            raise ValueError(f"attention_resolutions has {resolution}, but the levels have H = {resolutions}")
+    with_attention = [d for d, r in zip(dims, resolutions, strict=True) if r in attention_resolutions] + dims[-1:]
+    for channels in with_attention:
+        if channels % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide the {channels} channels that have attention")

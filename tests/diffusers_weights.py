@@ -1,0 +1,49 @@
+"""Weights of diffusers' UNet2DModel under the names of `UNet`."""
+
+import torch
+
+
+def to_ddpm_fast(source, target):
+    """Copies the weights of a UNet2DModel into a UNet of the same structure; every weight is used once."""
+    weights = dict(source.state_dict())
+    state = {}
+
+    def move(here, there):
+        for kind in ("weight", "bias"):
+            state[f"{here}.{kind}"] = weights.pop(f"{there}.{kind}")
+
+    def block(here, there):
+        for a, b in (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2")):
+            move(f"{here}.{a}", f"{there}.{b}")
+        if f"{there}.conv_shortcut.weight" in weights:
+            move(f"{here}.shortcut", f"{there}.conv_shortcut")
+        times.append([weights.pop(f"{there}.time_emb_proj.{kind}") for kind in ("weight", "bias")])
+
+    def attention(here, there):
+        if f"{there}.to_q.weight" not in weights:
+            return
+        move(f"{here}.norm", f"{there}.group_norm")
+        move(f"{here}.out", f"{there}.to_out.0")
+        for kind in ("weight", "bias"):
+            state[f"{here}.qkv.{kind}"] = torch.cat([weights.pop(f"{there}.to_{name}.{kind}") for name in "qkv"])
+
+    times = []
+    move("time_embedding.linear_1", "time_embedding.linear_1")
+    move("time_embedding.linear_2", "time_embedding.linear_2")
+    move("conv_in", "conv_in")
+    for side, resample in (("down", "downsamplers"), ("up", "upsamplers")):
+        for i, level in enumerate(getattr(target, side)):
+            for j in range(len(level.blocks)):
+                block(f"{side}.{i}.blocks.{j}", f"{side}_blocks.{i}.resnets.{j}")
+                attention(f"{side}.{i}.attentions.{j}", f"{side}_blocks.{i}.attentions.{j}")
+            if level.resample is not None:
+                move(f"{side}.{i}.resample.conv", f"{side}_blocks.{i}.{resample}.0.conv")
+        if side == "down":
+            block("mid_block1", "mid_block.resnets.0")
+            attention("mid_attention", "mid_block.attentions.0")
+            block("mid_block2", "mid_block.resnets.1")
+    move("norm_out", "conv_norm_out")
+    move("conv_out", "conv_out")
+    state["time_projection.weight"], state["time_projection.bias"] = (torch.cat(parts) for parts in zip(*times))
+    assert not weights
+    target.load_state_dict(state)

@@ -1,0 +1,155 @@
+import pytest
+import torch
+from torch import nn
+
+from ddpm_fast import UNet
+from ddpm_fast.layers import Attention, ResidualBlock
+
+
+def randomise(model):
+    """Fresh networks predict 0: give every layer a say."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.5 / max(p[0].numel(), 4) ** 0.5))
+    return model.eval()
+
+
+def small(**changes):
+    arguments = {"image_size": 16, "dim": 32, "dim_mults": (1, 2), "attention_resolutions": (8,), "norm_groups": 8}
+    return randomise(UNet(**(arguments | changes)))
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("ddpm-cifar10-32", 35_746_307), ("ddpm-256", 113_673_219)])
+def test_presets_of_the_paper_have_its_number_of_parameters(name, parameters):
+    with torch.device("meta"):
+        model = UNet.preset(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["digits-8", "mnist-28"])
+def test_small_presets_run(name):
+    model = UNet.preset(name)
+    x = torch.randn(2, model.channels, model.image_size, model.image_size)
+    assert model(x, torch.tensor([0, 999])).shape == x.shape
+    assert sum(p.numel() for p in model.parameters()) < 2_000_000
+
+
+def test_presets_can_be_changed_and_unknown_ones_are_named():
+    model = UNet.preset("digits-8", dropout=0.5, channels=3)
+    assert model.channels == 3
+    assert all(m.p == 0.5 for m in model.modules() if isinstance(m, nn.Dropout))
+    with pytest.raises(ValueError, match="unknown preset 'cifar'; there are ddpm-cifar10-32"):
+        UNet.preset("cifar")
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_images_within_the_network_are_channels_last(batch, dtype):
+    """Also at 64 images and above, where others' upsampling drops the format."""
+    model = small().to(dtype)
+    seen = []
+
+    def look(module, inputs, output):
+        seen.append(type(module).__name__)
+        assert output.is_contiguous(memory_format=torch.channels_last), module
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.GroupNorm | ResidualBlock | Attention):
+            module.register_forward_hook(look)
+    x = torch.randn(batch, 3, 16, 16)
+    with torch.no_grad():
+        y = model(x, torch.arange(batch))
+    assert {"Conv2d", "GroupNorm", "ResidualBlock", "Attention"} <= set(seen)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert y.dtype == dtype
+    for p in model.parameters():
+        if p.ndim == 4:
+            assert p.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_memory_format_of_the_input_does_not_matter():
+    model, x, t = small(), torch.randn(2, 3, 16, 16), torch.tensor([5, 6])
+    with torch.no_grad():
+        assert torch.equal(model(x, t), model(x.contiguous(memory_format=torch.channels_last), t))
+
+
+def test_each_timestep_reaches_its_own_sample():
+    model, x = small(), torch.randn(1, 3, 16, 16).expand(3, -1, -1, -1)
+    with torch.no_grad():
+        y = model(x, torch.tensor([0, 500, 999]))
+        assert not torch.allclose(y[0], y[1])
+        alone = model(x[:1], torch.tensor([500]))
+    torch.testing.assert_close(y[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_one_product_projects_time_for_all_blocks():
+    model = small()
+    blocks = [m for m in model.modules() if isinstance(m, ResidualBlock)]
+    assert model.time_projection.out_features == sum(b.out_channels for b in blocks)
+    assert not any(isinstance(m, nn.Linear) for b in blocks for m in b.modules())
+
+
+def test_fresh_networks_predict_zero_and_have_gradients_everywhere_after_a_step():
+    model = UNet(image_size=8, channels=1, dim=32, dim_mults=(1, 2), attention_resolutions=(4,), norm_groups=8)
+    x, t = torch.randn(4, 1, 8, 8), torch.arange(4)
+    assert (model(x, t) == 0).all()
+    for p in randomise(model).parameters():
+        assert p.grad is None
+    model.train()
+    model(x, t).square().mean().backward()
+    for name, p in model.named_parameters():
+        # The softmax does not move when all keys do, so its bias for k has no gradient.
+        assert p.grad is not None, name
+        assert p.grad.abs().max() > 0, name
+
+
+def test_attention_is_softmax_attention_of_each_head():
+    attention = randomise(Attention(32, heads=4, groups=8, eps=1e-6))
+    x = torch.randn(2, 32, 3, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        tokens = nn.functional.group_norm(x, 8, attention.norm.weight, attention.norm.bias, 1e-6)
+        tokens = tokens.flatten(2).transpose(1, 2)  # (N, H * W, C)
+        q, k, v = attention.qkv(tokens).chunk(3, dim=2)
+        heads = []
+        for h in range(4):
+            of_head = slice(8 * h, 8 * h + 8)
+            scores = q[:, :, of_head] @ k[:, :, of_head].transpose(1, 2) / 8**0.5
+            heads.append(scores.softmax(dim=2) @ v[:, :, of_head])
+        expected = x + attention.out(torch.cat(heads, dim=2)).transpose(1, 2).reshape(x.shape)
+        torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_and_dropout_are_used():
+    assert {m.heads for m in small(num_heads=4).modules() if isinstance(m, Attention)} == {4}
+    model = small(dropout=0.3)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 2])
+    with torch.no_grad():
+        assert torch.equal(model(x, t), model(x, t))
+        assert not torch.equal(model.train()(x, t), model(x, t))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 18, "dim_mults": (1, 2, 4)}, "image_size=18 cannot be halved 2 times.*multiple of 4"),
+        ({"dim": 30}, "dim=30 must be even and a multiple of norm_groups=8"),
+        ({"attention_resolutions": (7,)}, r"attention_resolutions has 7, but the levels have H = \[16, 8\]"),
+        ({"num_heads": 3}, "num_heads=3 must divide the 64 channels"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_when_it_is_made(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_inputs_that_do_not_fit_are_refused_when_it_is_called():
+    model = small(dim_mults=(1, 2, 2))
+    t = torch.tensor([1])
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\); got \(1, 1, 16, 16\)"):
+        model(torch.randn(1, 1, 16, 16), t)
+    with pytest.raises(ValueError, match="divisible by 4; got 16 x 18"):
+        model(torch.randn(1, 3, 16, 18), t)
+    with pytest.raises(ValueError, match=r"shape \(1,\), one timestep a sample; got \(2,\)"):
+        model(torch.randn(1, 3, 16, 16), torch.tensor([1, 2]))
+    assert model(torch.randn(1, 3, 32, 20), t).shape == (1, 3, 32, 20)
