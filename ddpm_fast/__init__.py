@@ -1,0 +1,11 @@
+"""Denoising diffusion models, trained and sampled as fast as the hardware allows."""
+
+__all__ = ["GaussianDiffusion", "UNet", "__version__", "noise", "ops", "samplers", "schedules"]
+
+from importlib.metadata import version
+
+from . import noise, ops, samplers, schedules
+from .diffusion import GaussianDiffusion
+from .unet import UNet
+
+__version__ = version("ddpm_fast")

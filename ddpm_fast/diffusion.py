@@ -1,0 +1,670 @@
+r"""Training and sampling: the module people use.
+
+One image's way through training: [0, 1] -> [-1, 1], t and eps are drawn, x_t = a x_0 + s eps, the network predicts,
+the weighted error is the loss. Through sampling: x_T is drawn, then network and step by turns, then [-1, 1] ->
+[0, 1]. The arithmetic is in `ops`, the coefficients come from `schedules`, `parameterization` and `samplers`.
+"""
+
+__all__ = ["GaussianDiffusion", "ModelPrediction", "SampleState"]
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import checks, noise as noises, ops, samplers, schedules
+from .parameterization import loss_weight as make_loss_weight, target_rows, variance as make_variance, x_start_rows
+from .schedules import NoiseSchedule
+
+Draw = Callable[[int, Sequence[int]], Tensor]  # (stream, shape) -> noise
+
+RNGS = ("philox", "torch")
+SAMPLERS = ("ddpm", "ddim")
+
+
+class ModelPrediction(NamedTuple):
+    pred_noise: Tensor
+    pred_x_start: Tensor
+
+
+class SampleState(NamedTuple):
+    """A state of a sampling run.
+
+    `step` steps have been taken; `t` is the timestep whose noise `x` holds, -1 for the finished sample. `x` is in
+    the range of `sample`; `x_start` is the clipped x0_hat of the last step in that range, None before the first.
+    """
+
+    step: int
+    t: int
+    x: Tensor
+    x_start: Tensor | None
+
+
+class GaussianDiffusion(nn.Module):
+    """Denoising diffusion around a network. Ho et al. (2020).
+
+    `forward` takes and `sample` gives values in [0, 1]; all other methods work in [-1, 1], the range of the network.
+    Timesteps count from 0.
+
+    Args:
+        model: called as `model(x, t)` with x (N, C, ...) in [-1, 1] and t (N,) int64; returns the shape of x.
+            Where it has `self_condition = True`, as `model(x, t, x_self_cond)`.
+        image_size: H = W, or the sizes of all axes after the channels: (H, W), (L,), or () for (N, D) data.
+        timesteps: T. A `beta_schedule` given as numbers has its own.
+        sampling_timesteps: steps of `sample`; fewer than T select DDIM.
+        objective: what the network predicts: pred_noise, pred_x0, pred_v or pred_mean.
+        beta_schedule: a name of `schedules.make`, a `NoiseSchedule`, or T betas.
+        schedule_fn_kwargs: arguments of the named schedule.
+        variance: sigma^2 of ancestral steps: posterior or beta.
+        clip_denoised: bounds of x0_hat in sampling: True for (-1, 1), False for none, or (low, high).
+        loss_type: l2, l1 or huber.
+        loss_weight: simple, snr, min_snr, vlb, or T numbers: see `parameterization.loss_weight`. The default
+            weighs every objective as L_simple of the paper.
+        min_snr_loss_weight: the same as loss_weight="min_snr".
+        min_snr_gamma: the bound of min_snr.
+        ddim_sampling_eta: eta of DDIM steps where `sample` is given none.
+        auto_normalize: map [0, 1] to [-1, 1] and back. False: data is taken as it is, in any range.
+        offset_noise_strength: adds noise that is constant over a channel in training.
+        immiscible: pairs the images of a batch with near noise in training. Li et al. (2024).
+        channels: C; by default `model.channels`.
+        rng: philox: noise by `noise.gaussian`; torch: by torch.randn in the order of denoising_diffusion_pytorch.
+
+    Raises:
+        ValueError: an unknown name, betas outside (0, 1), or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_size: int | Sequence[int],
+        timesteps: int = 1000,
+        sampling_timesteps: int | None = None,
+        objective: str = "pred_v",
+        beta_schedule: str | NoiseSchedule | Tensor | Sequence[float] = "sigmoid",
+        schedule_fn_kwargs: Mapping[str, float] | None = None,
+        variance: str = "posterior",
+        clip_denoised: bool | tuple[float, float] = True,
+        loss_type: str = "l2",
+        loss_weight: str | Tensor | Sequence[float] = "snr",
+        min_snr_loss_weight: bool = False,
+        min_snr_gamma: float = 5.0,
+        ddim_sampling_eta: float = 0.0,
+        auto_normalize: bool = True,
+        offset_noise_strength: float = 0.0,
+        immiscible: bool = False,
+        channels: int | None = None,
+        rng: str = "philox",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.channels = getattr(model, "channels", None) if channels is None else channels
+        if self.channels is None:
+            raise ValueError("the model has no attribute `channels`; pass channels= to GaussianDiffusion")
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.self_condition = getattr(model, "self_condition", False)
+        model_size = getattr(model, "image_size", None)
+        if isinstance(model_size, int) and self.image_size != (model_size, model_size):
+            raise ValueError(f"the model was made for image_size={model_size}; got image_size={image_size}")
+
+        if isinstance(beta_schedule, str):
+            self.schedule = schedules.make(beta_schedule, timesteps, **(schedule_fn_kwargs or {}))
+        elif isinstance(beta_schedule, NoiseSchedule):
+            self.schedule = beta_schedule
+        else:
+            self.schedule = NoiseSchedule(beta_schedule, name="beta_schedule")
+        self.num_timesteps = len(self.schedule)
+        self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
+        self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
+        samplers.strided_timesteps(self.num_timesteps, self.sampling_timesteps)  # raises where it cannot be
+
+        if loss_type not in ops.LOSS_TYPES:
+            raise ValueError(f"unknown loss_type {loss_type!r}; there are {', '.join(ops.LOSS_TYPES)}")
+        if rng not in RNGS:
+            raise ValueError(f"unknown rng {rng!r}; there are {', '.join(RNGS)}")
+        self.objective = objective
+        self.variance = variance
+        self.clip_denoised = clip_denoised
+        self.loss_type = loss_type
+        self.ddim_sampling_eta = ddim_sampling_eta
+        self.auto_normalize = auto_normalize
+        self.offset_noise_strength = offset_noise_strength
+        self.immiscible = immiscible
+        self.rng = rng
+        self._bounds(clip_denoised)
+
+        weight = make_loss_weight(
+            self.schedule,
+            objective,
+            "min_snr" if min_snr_loss_weight else loss_weight,
+            variance_kind=variance,
+            min_snr_gamma=min_snr_gamma,
+        )
+        self._tables, self._rows = self._make_tables(weight)
+        for name, table in self._tables.items():
+            self.register_buffer(name, table.float())
+        for name, rows in self._rows.items():
+            self.register_buffer(name, rows.float(), persistent=False)
+
+    # Tables
+
+    def _make_tables(self, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """float64: the buffers that others of this name have and save, and the rows that the ops take."""
+        s = self.schedule
+        a, sigma = s.sqrt_alphas_cumprod, s.sqrt_one_minus_alphas_cumprod
+        tables = {
+            "betas": s.betas,
+            "alphas_cumprod": s.alphas_cumprod,
+            "alphas_cumprod_prev": s.alphas_cumprod_prev,
+            "sqrt_alphas_cumprod": a,
+            "sqrt_one_minus_alphas_cumprod": sigma,
+            "log_one_minus_alphas_cumprod": (1 - s.alphas_cumprod).log(),
+            "sqrt_recip_alphas_cumprod": 1 / a,
+            "sqrt_recipm1_alphas_cumprod": sigma / a,
+            "posterior_variance": s.posterior_variance,
+            "posterior_log_variance_clipped": s.posterior_variance.clamp(min=1e-20).log(),
+            "posterior_mean_coef1": s.posterior_mean_coef1,
+            "posterior_mean_coef2": s.posterior_mean_coef2,
+            "loss_weight": weight,
+        }
+        sigma2 = make_variance(s, self.variance)
+        rows = {
+            "q_sample_rows": torch.stack([a, sigma], dim=1),  # (T, 2)
+            "x_start_rows": torch.stack(x_start_rows(s, self.objective), dim=1),  # (T, 2)
+            "loss_rows": torch.stack([*target_rows(s, self.objective), weight], dim=1),  # (T, 3)
+            "variance_rows": torch.stack([sigma2, sigma2.clamp(min=1e-20).log()], dim=1),  # (T, 2)
+            "ancestral_rows": samplers.ancestral(s, self.objective, variance=self.variance).rows,  # (T, 6)
+        }
+        return tables, rows
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GaussianDiffusion":
+        super()._apply(fn, recurse)
+        # A schedule in half precision has no noise where there is little. The tables stay float32, or are the
+        # float64 ones after .double(), whatever dtype the network takes.
+        dtype = torch.float64 if self.betas.dtype == torch.float64 else torch.float32
+        for name, table in (self._tables | self._rows).items():
+            if not self._buffers[name].is_meta:
+                self._buffers[name] = table.to(self._buffers[name].device, dtype)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name, table in self._tables.items():
+            given = state_dict.get(prefix + name)
+            if given is None:
+                continue
+            if given.shape != table.shape or not torch.allclose(given.cpu().double(), table, rtol=1e-3, atol=1e-6):
+                args[-1].append(
+                    f"the checkpoint's `{name}` is of another schedule, objective or loss weight: make the "
+                    f"GaussianDiffusion with the arguments that the checkpoint was trained with"
+                )
+            state_dict[prefix + name] = table.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def device(self) -> torch.device:
+        return self.betas.device
+
+    def _at(self, rows: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The columns of rows at t, shaped to broadcast against x."""
+        picked = rows[t].view(len(t), -1, *[1] * (x.ndim - 1))
+        return picked.unbind(1)
+
+    def _extract(self, table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        checks.timesteps(t, len(x), self.num_timesteps)
+        return self._at(table[:, None], t, x)[0]
+
+    # Conversions between x_0, eps and v. Shapes (N, C, ...), t (N,).
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_0 = x_t / a - eps s / a. Ho et al. (2020), eq. 4."""
+        recip = self._extract(self.sqrt_recip_alphas_cumprod, t, x_t)
+        return recip * x_t - self._extract(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+
+    def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """eps = (x_t / a - x_0) a / s."""
+        recip = self._extract(self.sqrt_recip_alphas_cumprod, t, x_t)
+        return (recip * x_t - x0) / self._extract(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+
+    def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """v = a eps - s x_0. Salimans & Ho (2022), appendix D."""
+        a = self._extract(self.sqrt_alphas_cumprod, t, x_start)
+        return a * noise - self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+
+    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """x_0 = a x_t - s v."""
+        a = self._extract(self.sqrt_alphas_cumprod, t, x_t)
+        return a * x_t - self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance (clipped at 1e-20) of q(x_{t-1} | x_t, x_0). Ho et al. (2020), eq. 7."""
+        mean = self._extract(self.posterior_mean_coef1, t, x_t) * x_start
+        mean = mean + self._extract(self.posterior_mean_coef2, t, x_t) * x_t
+        variance = self._extract(self.posterior_variance, t, x_t)
+        return mean, variance, self._extract(self.posterior_log_variance_clipped, t, x_t)
+
+    # The network
+
+    def _model_output(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), x)
+        condition = (x_self_cond,) if self.self_condition else ()
+        pred = self.model(x.to(parameter.dtype), t, *condition)
+        if pred.shape != x.shape:
+            raise ValueError(
+                f"the model must return the shape of its input, {tuple(x.shape)}; it returned {tuple(pred.shape)}"
+            )
+        return pred
+
+    def _bounds(self, clip_denoised: bool | tuple[float, float]) -> tuple[float, float] | None:
+        if isinstance(clip_denoised, bool):
+            return (-1.0, 1.0) if clip_denoised else None
+        low, high = clip_denoised
+        if not low < high:
+            raise ValueError(f"clip_denoised must be True, False or (low, high) with low < high; got {clip_denoised}")
+        return float(low), float(high)
+
+    def model_predictions(
+        self,
+        x: Tensor,
+        t: Tensor,
+        x_self_cond: Tensor | None = None,
+        clip_x_start: bool = False,
+        rederive_pred_noise: bool = False,
+    ) -> ModelPrediction:
+        """What the network's output says of eps and x_0.
+
+        Args:
+            clip_x_start: clip x_0 to the bounds of `clip_denoised`, (-1, 1) where it has none.
+            rederive_pred_noise: find eps again from the clipped x_0, for pred_noise too.
+        """
+        checks.timesteps(t, len(x), self.num_timesteps)
+        pred = self._model_output(x, t, x_self_cond).to(x.dtype)
+        u, w = self._at(self.x_start_rows, t, x)
+        x_start = u * x + w * pred
+        if clip_x_start:
+            x_start = x_start.clamp(*(self._bounds(self.clip_denoised) or (-1.0, 1.0)))
+        if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
+            return ModelPrediction(pred, x_start)
+        return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
+
+    def p_mean_variance(
+        self,
+        x: Tensor,
+        t: Tensor,
+        x_self_cond: Tensor | None = None,
+        clip_denoised: bool | tuple[float, float] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of p(x_{t-1} | x_t), and the x_0 they follow from.
+
+        Args:
+            clip_denoised: None for the module's own.
+        """
+        x_start = self.model_predictions(x, t, x_self_cond).pred_x_start
+        bounds = self._bounds(self.clip_denoised if clip_denoised is None else clip_denoised)
+        if bounds is not None:
+            x_start = x_start.clamp(*bounds)
+        mean, _, _ = self.q_posterior(x_start, x, t)
+        variance, log_variance = self._at(self.variance_rows, t, x)
+        return mean, variance, log_variance, x_start
+
+    # Training
+
+    def normalize(self, img: Tensor) -> Tensor:
+        """[0, 1], or uint8, to [-1, 1]; as it is without auto_normalize."""
+        if img.dtype == torch.uint8:
+            return img.to(self.betas.dtype) * (2 / 255) - 1
+        return img * 2 - 1 if self.auto_normalize else img
+
+    def unnormalize(self, x: Tensor) -> Tensor:
+        """[-1, 1] to [0, 1]; as it is without auto_normalize."""
+        return (x + 1) * 0.5 if self.auto_normalize else x
+
+    def random_times(self, batch_size: int) -> Tensor:
+        return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
+
+    def q_sample(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        *,
+        seed: int | torch.Generator | None = None,
+        sample_offset: int = 0,
+    ) -> Tensor:
+        """x_t = a_t x_0 + s_t eps. Ho et al. (2020), eq. 4.
+
+        Args:
+            x_start: x_0, (N, ...), floating.
+            t: (N,), int64, in [0, T).
+            noise: eps, the shape of x_start; drawn as stream 0 of `seed` if None.
+        """
+        checks.timesteps(t, len(x_start), self.num_timesteps)
+        if noise is None:
+            noise = self._source(x_start, seed, sample_offset)(0, x_start.shape)
+        elif noise.shape != x_start.shape:
+            raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
+        return ops.q_sample(x_start, noise, t, self.q_sample_rows)
+
+    def _source(self, like: Tensor, seed: int | torch.Generator | None, sample_offset: int) -> Draw:
+        return noises.source(
+            self.rng, seed=seed, sample_offset=sample_offset, device=like.device, dtype=like.dtype
+        )
+
+    def p_losses(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        loss_reduction: str = "mean",
+        *,
+        seed: int | torch.Generator | None = None,
+        sample_offset: int = 0,
+    ) -> Tensor:
+        """The weighted loss of predictions at the timesteps t.
+
+        Args:
+            x_start: x_0 in [-1, 1], (N, C, ...).
+            t: (N,), int64, in [0, T).
+            noise: eps; drawn as stream 0 of `seed` if None.
+            offset_noise_strength: None for the module's own.
+            loss_reduction: mean, or none for the loss of each sample, (N,).
+        """
+        if loss_reduction not in ("mean", "none"):
+            raise ValueError(f"loss_reduction must be mean or none, got {loss_reduction!r}")
+        draw = self._source(x_start, seed, sample_offset)
+        if noise is None:
+            noise = draw(0, x_start.shape)
+        strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
+        if strength:
+            offset = draw(noises.OFFSET, x_start.shape[:2])
+            noise = noise + strength * offset.view(*offset.shape, *[1] * (x_start.ndim - 2))
+        if self.immiscible:
+            noise = noise[_nearest_assignment(x_start, noise)]
+        x = self.q_sample(x_start, t, noise)
+
+        x_self_cond = None
+        if self.self_condition and torch.rand(()) < 0.5:  # half of the time, as Chen et al. (2022), sec. 3
+            with torch.no_grad():
+                x_self_cond = self.model_predictions(x, t).pred_x_start
+
+        pred = self._model_output(x, t, x_self_cond)
+        loss = ops.weighted_loss(pred, x_start, noise, t, self.loss_rows, self.loss_type)
+        return loss.mean() if loss_reduction == "mean" else loss
+
+    def forward(
+        self,
+        img: Tensor,
+        noise: Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        *,
+        times: Tensor | None = None,
+        loss_reduction: str = "mean",
+        seed: int | torch.Generator | None = None,
+        sample_offset: int = 0,
+    ) -> Tensor:
+        """The training loss of a batch.
+
+        Args:
+            img: (N, C, *image_size); floating in [0, 1], or uint8.
+            noise: eps; drawn if None.
+            times: (N,), int64; drawn uniformly from [0, T) if None.
+            loss_reduction: mean, or none for the loss of each sample, (N,).
+            seed: of the noise; None draws one from PyTorch's default generator.
+            sample_offset: index of the first image in the whole (global) batch.
+
+        Returns:
+            The loss, float32.
+        """
+        checks.images(img, (self.channels, *self.image_size), unit_range=self.auto_normalize)
+        times = self.random_times(len(img)) if times is None else times
+        memory_format = noises.channels_last_format(img.ndim)
+        if memory_format is not None:
+            img = img.contiguous(memory_format=memory_format)
+        return self.p_losses(
+            self.normalize(img),
+            times,
+            noise,
+            offset_noise_strength,
+            loss_reduction,
+            seed=seed,
+            sample_offset=sample_offset,
+        )
+
+    # Sampling
+
+    def step_table(
+        self, sampler: str | None = None, steps: int | Sequence[int] | None = None, eta: float | None = None
+    ) -> samplers.StepTable:
+        """The coefficients of a sampling run; the arguments of `sample`."""
+        steps = self.sampling_timesteps if steps is None else steps
+        if sampler is None:
+            taken = steps if isinstance(steps, int) else len(steps)
+            sampler = "ddim" if taken < self.num_timesteps else "ddpm"
+        if sampler == "ddpm":
+            return samplers.ancestral(self.schedule, self.objective, steps, variance=self.variance)
+        if sampler == "ddim":
+            eta = self.ddim_sampling_eta if eta is None else eta
+            return samplers.ddim(self.schedule, self.objective, steps, eta=eta)
+        raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+
+    @torch.inference_mode()
+    def _reverse(
+        self, x: Tensor, table: samplers.StepTable, draw: Draw, *, taken: int = 0, progress: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yields (steps taken, x, x0_hat) in [-1, 1], the state before the first step first.
+
+        `taken`: steps of the table that lie behind x.
+        """
+        rows = table.rows.to(self.device, self.betas.dtype)
+        timesteps, steps = table.t.to(self.device), torch.arange(len(table), device=self.device)
+        noisy, multistep = (table.sigma > 0).tolist(), bool((table.C != 0).any())
+        if self.rng == "torch":  # other packages draw for every step but the last, whatever its sigma
+            noisy = [True] * (len(table) - 1) + [False]
+        bounds = self._bounds(self.clip_denoised)
+        x_start = None
+        with _evaluating(self.model):
+            yield taken, x, x_start
+            for k in tqdm(range(taken, len(table)), "sampling", disable=not progress, unit="step"):
+                pred = self._model_output(x, timesteps[k].expand(len(x)), x_start)
+                x, x_start = ops.reverse_step(
+                    x,
+                    pred,
+                    steps[k],
+                    rows,
+                    noise=draw(k + 1, x.shape) if noisy[k] else None,
+                    x_start_prev=x_start if multistep else None,
+                    clip=bounds,
+                )
+                yield k + 1, x, x_start
+
+    def _run(
+        self,
+        shape: Sequence[int],
+        *,
+        sampler: str | None = None,
+        steps: int | Sequence[int] | None = None,
+        eta: float | None = None,
+        seed: int | torch.Generator | None = None,
+        sample_offset: int = 0,
+        noise: Tensor | None = None,
+        progress: bool = False,
+    ) -> Iterator[SampleState]:
+        """A sampling run of given shape, state by state, in the range of `sample`."""
+        table = self.step_table(sampler, steps, eta)
+        draw = self._source(self.betas, seed, sample_offset)
+        if noise is None:
+            noise = draw(0, shape)
+        elif noise.shape != torch.Size(shape):
+            raise ValueError(f"noise is x_T and must have the shape {tuple(shape)}; got {tuple(noise.shape)}")
+        names = [*table.t.tolist(), -1]
+        for step, x, x_start in self._reverse(noise.to(self.betas), table, draw, progress=progress):
+            x0 = None if x_start is None else self.unnormalize(x_start)
+            yield SampleState(step, names[step], self.unnormalize(x), x0)
+
+    def _finish(self, states: Iterator[SampleState], return_all_timesteps: bool) -> Tensor:
+        if return_all_timesteps:
+            return torch.stack([state.x for state in states], dim=1)
+        return _last(states).x
+
+    def sample(
+        self,
+        batch_size: int = 16,
+        *,
+        sampler: str | None = None,
+        steps: int | Sequence[int] | None = None,
+        eta: float | None = None,
+        seed: int | torch.Generator | None = None,
+        sample_offset: int = 0,
+        noise: Tensor | None = None,
+        return_all_timesteps: bool = False,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples images.
+
+        Args:
+            batch_size: N.
+            sampler: ddpm (ancestral; Ho et al. 2020, algorithm 2) or ddim (Song et al. 2021); None takes ddpm for
+                all T steps, ddim for fewer.
+            steps: how many, strided evenly over the schedule, or the timesteps themselves; None for
+                `sampling_timesteps`.
+            eta: noise of DDIM, from 0 (none) to 1 (as much as ancestral); None for `ddim_sampling_eta`.
+            seed: with rng="philox", sample n of the run is the same in any batch; None draws a seed.
+            sample_offset: index in the run of the first sample.
+            noise: x_T, (N, C, *image_size), instead of stream 0.
+            return_all_timesteps: all states, x_T first.
+            progress: show a bar.
+
+        Returns:
+            (N, C, *image_size), or (N, steps + 1, C, *image_size), float32, in [0, 1] (x_T and the states between
+            reach further).
+        """
+        states = self._run(
+            (batch_size, self.channels, *self.image_size),
+            sampler=sampler,
+            steps=steps,
+            eta=eta,
+            seed=seed,
+            sample_offset=sample_offset,
+            noise=noise,
+            progress=progress,
+        )
+        return self._finish(states, return_all_timesteps)
+
+    def sample_progressive(self, batch_size: int = 16, *, every: int = 1, **run: Any) -> Iterator[SampleState]:
+        """Samples as `sample` with the arguments `run`, yielding every k-th state and holding no other.
+
+        Args:
+            every: k; the states 0, k, 2k, ... and the last are yielded.
+        """
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        for state in self._run((batch_size, self.channels, *self.image_size), **run):
+            if state.step % every == 0 or state.t == -1:
+                yield state
+
+    def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
+        """Ancestral sampling of a (N, C, ...) shape over all T steps, or as the arguments of `sample` say."""
+        run = {"steps": self.num_timesteps, "sampler": "ddpm"} | run
+        return self._finish(self._run(shape, **run), return_all_timesteps)
+
+    def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
+        """DDIM sampling of a (N, C, ...) shape over `sampling_timesteps` steps, or as the arguments of `sample` say."""
+        return self._finish(self._run(shape, **({"sampler": "ddim"} | run)), return_all_timesteps)
+
+    @torch.inference_mode()
+    def p_sample(
+        self,
+        x: Tensor,
+        t: int,
+        x_self_cond: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        seed: int | torch.Generator | None = None,
+        sample_offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """One ancestral step of the full chain, from x_t to x_{t-1}, in [-1, 1].
+
+        Args:
+            x: x_t, (N, C, ...).
+            t: in [0, T).
+            noise: z, the shape of x; drawn as stream T - t of `seed` if None, as `sample` does.
+
+        Returns:
+            (x_{t-1}, clipped x0_hat).
+        """
+        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.num_timesteps:
+            raise ValueError(f"t must be a whole number in [0, {self.num_timesteps}), got {t!r}")
+        k = self.num_timesteps - 1 - t
+        if noise is None and t > 0:
+            noise = self._source(x, seed, sample_offset)(k + 1, x.shape)
+        pred = self._model_output(x, torch.full((len(x),), t, device=x.device), x_self_cond)
+        return ops.reverse_step(
+            x,
+            pred,
+            torch.tensor(k, device=x.device),
+            self.ancestral_rows,
+            noise=noise if t > 0 else None,
+            clip=self._bounds(self.clip_denoised),
+        )
+
+    def interpolate(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        t: int | None = None,
+        lam: float = 0.5,
+        *,
+        seed: int | torch.Generator | None = None,
+        sample_offset: int = 0,
+    ) -> Tensor:
+        """Images between two. Ho et al. (2020), sec. 4.3: mixed at x_t, then denoised from there.
+
+        Args:
+            x1, x2: (N, C, ...), in [-1, 1].
+            t: the timestep at which they are mixed, in [0, T); None for T - 1.
+            lam: 0 gives x1, 1 gives x2.
+
+        Returns:
+            The shape of x1, in [-1, 1].
+        """
+        t = self.num_timesteps - 1 if t is None else t
+        if x1.shape != x2.shape:
+            raise ValueError(f"x1 and x2 must have one shape; got {tuple(x1.shape)} and {tuple(x2.shape)}")
+        if not 0 <= t < self.num_timesteps:
+            raise ValueError(f"t must lie in [0, {self.num_timesteps}), got {t}")
+        draw = self._source(x1, seed, sample_offset)
+        times = torch.full((len(x1),), t, device=x1.device)
+        x1_t = self.q_sample(x1, times, draw(0, x1.shape))
+        x2_t = self.q_sample(x2, times, draw(noises.SECOND_IMAGE, x2.shape))
+        table = self.step_table("ddpm", self.num_timesteps)
+        taken = self.num_timesteps - 1 - t
+        _, x, _ = _last(self._reverse((1 - lam) * x1_t + lam * x2_t, table, draw, taken=taken))
+        return x
+
+
+def _last(states: Iterator[Any]) -> Any:
+    return deque(states, maxlen=1).pop()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every submodule as it was afterwards: no dropout while sampling amid training."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _nearest_assignment(x_start: Tensor, noise: Tensor) -> Tensor:
+    """The order of noise that lies nearest to the images, on the whole."""
+    from scipy.optimize import linear_sum_assignment  # comes with ddpm_fast[train]
+
+    distance = torch.cdist(x_start.flatten(1).float(), noise.flatten(1).float())
+    return torch.from_numpy(linear_sum_assignment(distance.cpu().numpy())[1]).to(noise.device)

@@ -1,0 +1,125 @@
+r"""The strongest test of training and sampling: data that is Gaussian, whose best denoiser is known exactly.
+
+For x_0 ~ N(mu, S), E[x_0 | x_t] = mu + a S (a^2 S + s^2 I)^-1 (x_t - a mu). With it as the model (in whatever
+parameterization), every step is affine in x, so that the mean and covariance of what a sampler returns after
+finitely many steps follow from its rows alone. The samples must have them.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm_fast import GaussianDiffusion
+from ddpm_fast.noise import gaussian
+from ddpm_fast.parameterization import OBJECTIVES, x_start_rows
+
+MEAN = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64)
+COVARIANCE = torch.tensor([[0.30, 0.12, 0.0], [0.12, 0.20, -0.05], [0.0, -0.05, 0.10]], dtype=torch.float64)
+SCHEDULES = [("linear", 50), ("cosine", 40), ("jsd", 30)]
+RUNS = [
+    ("ddpm", None, None, "posterior"),
+    ("ddpm", None, None, "beta"),
+    ("ddpm", 11, None, "posterior"),
+    ("ddpm", 11, None, "beta"),
+    ("ddim", None, 0.0, "posterior"),
+    ("ddim", 11, 0.0, "posterior"),
+    ("ddim", [0, 3, 17, 29], 0.5, "posterior"),
+    ("ddim", 11, 1.0, "posterior"),
+]
+
+
+class BestDenoiser(nn.Module):
+    """E[x_0 | x_t] in the parameterization of an objective; `gain` and `shift` by timestep."""
+
+    channels = 3
+
+    def __init__(self, schedule, objective):
+        super().__init__()
+        a, s = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        eye = torch.eye(3, dtype=torch.float64)
+        noisy = a[:, None, None] ** 2 * COVARIANCE + s[:, None, None] ** 2 * eye
+        gain = a[:, None, None] * (COVARIANCE @ noisy.inverse())  # (T, 3, 3): x0_hat = gain x_t + shift
+        shift = MEAN - a[:, None] * (gain @ MEAN)
+        self.gain, self.shift = gain, shift
+        self.u, self.w = x_start_rows(schedule, objective)
+
+    def x_start(self, x, t):
+        return torch.einsum("nij,nj->ni", self.gain[t], x) + self.shift[t]
+
+    def forward(self, x, t):
+        return (self.x_start(x, t) - self.u[t][:, None] * x) / self.w[t][:, None]
+
+
+def make(name, timesteps, objective, variance):
+    arguments = {"image_size": (), "objective": objective, "auto_normalize": False, "clip_denoised": False}
+    arguments |= {"beta_schedule": name, "timesteps": timesteps, "variance": variance, "channels": 3}
+    schedule = GaussianDiffusion(nn.Identity(), **arguments).schedule
+    return GaussianDiffusion(BestDenoiser(schedule, objective), **arguments).double()
+
+
+def moments(diffusion, table):
+    """Mean and covariance after the run, from x_T ~ N(0, I), by the rows; and the affine map of each step."""
+    model, eye = diffusion.model, torch.eye(3, dtype=torch.float64)
+    mean, covariance, maps = torch.zeros(3, dtype=torch.float64), eye, []
+    for k, t in enumerate(table.t.tolist()):
+        matrix = table.A[k] * eye + table.B[k] * model.gain[t]
+        offset = table.B[k] * model.shift[t]
+        mean, covariance = matrix @ mean + offset, matrix @ covariance @ matrix.T + table.sigma[k] ** 2 * eye
+        maps.append((matrix, offset))
+    return mean, covariance, maps
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("name", "timesteps"), SCHEDULES)
+@pytest.mark.parametrize(("sampler", "steps", "eta", "variance"), RUNS)
+def test_samples_follow_their_rows_exactly_and_in_distribution(
+    name, timesteps, objective, sampler, steps, eta, variance
+):
+    diffusion = make(name, timesteps, objective, variance)
+    table = diffusion.step_table(sampler, steps, eta)
+    mean, covariance, maps = moments(diffusion, table)
+    n = 20_000
+    samples = diffusion.sample(n, sampler=sampler, steps=steps, eta=eta, seed=11)
+
+    # Exactly: the same run by its affine maps and the noise contract, sample by sample.
+    x = gaussian((n, 3), seed=11, dtype=torch.float64)
+    for k, (matrix, offset) in enumerate(maps):
+        x = x @ matrix.T + offset + table.sigma[k] * gaussian((n, 3), seed=11, stream=k + 1, dtype=torch.float64)
+    torch.testing.assert_close(samples, x, rtol=0, atol=1e-9)
+
+    # In distribution: five standard errors of a mean and of a covariance over n samples.
+    deviation = covariance.diagonal().sqrt()
+    assert ((samples.mean(0) - mean).abs() < 5 * deviation / math.sqrt(n)).all()
+    variances = covariance.diagonal()
+    error = ((variances[:, None] * variances + covariance**2) / n).sqrt()
+    assert ((samples.T.cov() - covariance).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_many_small_steps_return_the_data(objective):
+    """With T = 4000 the finite-T answer itself comes near the data: within 1 % of the largest covariance."""
+    diffusion = make("linear", 4000, objective, "posterior")
+    mean, covariance, _ = moments(diffusion, diffusion.step_table("ddpm"))
+    torch.testing.assert_close(mean, MEAN, rtol=0, atol=5e-3)
+    torch.testing.assert_close(covariance, COVARIANCE, rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("weight", ["simple", "snr", "min_snr", "vlb"])
+def test_the_best_denoiser_has_the_least_loss(objective, weight):
+    """Any step away from E[x_0 | x_t] must raise the weighted loss, at each timestep."""
+    diffusion = make("linear", 50, objective, "posterior")
+    n = 4000
+    eigenvalues, vectors = torch.linalg.eigh(COVARIANCE)
+    root = vectors * eigenvalues.sqrt()
+    x_start = MEAN + gaussian((n, 3), seed=1, dtype=torch.float64) @ root.T
+    for t in (0, 8, 16):  # where the gain is not small: later, 4000 samples cannot tell
+        times = torch.full((n,), t)
+        best = diffusion.p_losses(x_start, times, seed=2)
+        for change in (0.8, 1.2):
+            gain = diffusion.model.gain
+            diffusion.model.gain = gain * change
+            assert diffusion.p_losses(x_start, times, seed=2) > best
+            diffusion.model.gain = gain
