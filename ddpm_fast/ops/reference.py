@@ -97,9 +97,7 @@ def reverse_step(
     return x_next, x_start
 
 
-def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool = True
-) -> Tensor:
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool = True) -> Tensor:
     """SiLU(GroupNorm(x)), the memory format kept. Wu & He (2018).
 
     Args:

@@ -1,0 +1,38 @@
+"""The compiled modules: loads them when it is imported, and keeps why one is absent.
+
+A module is a shared library with no Python in it. Loading it registers its kernels with PyTorch's dispatcher,
+which from then on prefers them to the reference; where there is none, the reference serves.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Module", "modules"]
+
+
+class Module(NamedTuple):
+    available: bool
+    reason: str  # why it is not available; empty if it is
+
+
+def _load(name: str) -> Module:
+    if name == "cuda" and torch.version.cuda is None:
+        return Module(False, f"torch has no CUDA ({torch.__version__})")
+    package = Path(__file__).parents[1]
+    library, record = package / f"_{name}.abi3.so", package / "_build.json"
+    if not record.exists():
+        return Module(False, f"{package} holds sources that were never built: install them with pip")
+    if not library.exists():
+        reason = json.loads(record.read_text()).get(name, "it was removed")
+        return Module(False, f"the module was not built: {reason}")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return Module(False, f"the module does not load: {error.__cause__}")
+    return Module(True, "")
+
+
+modules = {name: _load(name) for name in ("cpu", "cuda")}
