@@ -1,8 +1,8 @@
 r"""Training and sampling: the module people use.
 
-One image's way through training: [0, 1] -> [-1, 1], t and eps are drawn, x_t = a x_0 + s eps, the network predicts,
-the weighted error is the loss. Through sampling: x_T is drawn, then network and step by turns, then [-1, 1] ->
-[0, 1]. The arithmetic is in `ops`, the coefficients come from `schedules`, `parameterization` and `samplers`.
+One image's way through training: [0, 1] -> [-1, 1], t and eps are drawn, x_t = a x_0 + s eps, the network
+predicts, the weighted error is the loss. Through sampling: x_T is drawn, then network and step by turns, then [-1, 1]
+-> [0, 1]. The arithmetic is in `ops`, the coefficients come from `schedules`, `parameterization` and `samplers`.
 """
 
 __all__ = ["GaussianDiffusion", "ModelPrediction", "SampleState"]
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checks, noise as noises, ops, samplers, schedules
-from .parameterization import loss_weight as make_loss_weight, target_rows, variance as make_variance, x_start_rows
+from . import checks, ops, samplers, schedules
+from . import noise as noises
+from .parameterization import loss_weight as make_loss_weight
+from .process import GaussianProcess
 from .schedules import NoiseSchedule
 
 Draw = Callable[[int, Sequence[int]], Tensor]  # (stream, shape) -> noise
@@ -44,7 +46,7 @@ class SampleState(NamedTuple):
     x_start: Tensor | None
 
 
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(GaussianProcess):
     """Denoising diffusion around a network. Ho et al. (2020).
 
     `forward` takes and `sample` gives values in [0, 1]; all other methods work in [-1, 1], the range of the network.
@@ -71,7 +73,7 @@ class GaussianDiffusion(nn.Module):
         offset_noise_strength: adds noise that is constant over a channel in training.
         immiscible: pairs the images of a batch with near noise in training. Li et al. (2024).
         channels: C; by default `model.channels`.
-        rng: philox: noise by `noise.gaussian`; torch: by torch.randn in the order of denoising_diffusion_pytorch.
+        rng: philox: noise by `noise.gaussian`; torch: by torch.randn, in denoising_diffusion_pytorch's order.
 
     Raises:
         ValueError: an unknown name, betas outside (0, 1), or sizes that do not fit.
@@ -100,34 +102,39 @@ class GaussianDiffusion(nn.Module):
         channels: int | None = None,
         rng: str = "philox",
     ) -> None:
-        super().__init__()
+        if isinstance(beta_schedule, str):
+            schedule = schedules.make(beta_schedule, timesteps, **(schedule_fn_kwargs or {}))
+        elif isinstance(beta_schedule, NoiseSchedule):
+            schedule = beta_schedule
+        else:
+            schedule = NoiseSchedule(beta_schedule, name="beta_schedule")
+        weight = make_loss_weight(
+            schedule,
+            objective,
+            "min_snr" if min_snr_loss_weight else loss_weight,
+            variance_kind=variance,
+            min_snr_gamma=min_snr_gamma,
+        )
+        super().__init__(schedule, objective, variance, weight)
+
         self.model = model
         self.channels = getattr(model, "channels", None) if channels is None else channels
         if self.channels is None:
             raise ValueError("the model has no attribute `channels`; pass channels= to GaussianDiffusion")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.self_condition = getattr(model, "self_condition", False)
         model_size = getattr(model, "image_size", None)
         if isinstance(model_size, int) and self.image_size != (model_size, model_size):
             raise ValueError(f"the model was made for image_size={model_size}; got image_size={image_size}")
+        self.self_condition = getattr(model, "self_condition", False)
 
-        if isinstance(beta_schedule, str):
-            self.schedule = schedules.make(beta_schedule, timesteps, **(schedule_fn_kwargs or {}))
-        elif isinstance(beta_schedule, NoiseSchedule):
-            self.schedule = beta_schedule
-        else:
-            self.schedule = NoiseSchedule(beta_schedule, name="beta_schedule")
-        self.num_timesteps = len(self.schedule)
         self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
-        self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
         samplers.strided_timesteps(self.num_timesteps, self.sampling_timesteps)  # raises where it cannot be
-
+        self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
         if loss_type not in ops.LOSS_TYPES:
             raise ValueError(f"unknown loss_type {loss_type!r}; there are {', '.join(ops.LOSS_TYPES)}")
         if rng not in RNGS:
             raise ValueError(f"unknown rng {rng!r}; there are {', '.join(RNGS)}")
-        self.objective = objective
-        self.variance = variance
+        _bounds(clip_denoised)
         self.clip_denoised = clip_denoised
         self.loss_type = loss_type
         self.ddim_sampling_eta = ddim_sampling_eta
@@ -135,116 +142,6 @@ class GaussianDiffusion(nn.Module):
         self.offset_noise_strength = offset_noise_strength
         self.immiscible = immiscible
         self.rng = rng
-        self._bounds(clip_denoised)
-
-        weight = make_loss_weight(
-            self.schedule,
-            objective,
-            "min_snr" if min_snr_loss_weight else loss_weight,
-            variance_kind=variance,
-            min_snr_gamma=min_snr_gamma,
-        )
-        self._tables, self._rows = self._make_tables(weight)
-        for name, table in self._tables.items():
-            self.register_buffer(name, table.float())
-        for name, rows in self._rows.items():
-            self.register_buffer(name, rows.float(), persistent=False)
-
-    # Tables
-
-    def _make_tables(self, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """float64: the buffers that others of this name have and save, and the rows that the ops take."""
-        s = self.schedule
-        a, sigma = s.sqrt_alphas_cumprod, s.sqrt_one_minus_alphas_cumprod
-        tables = {
-            "betas": s.betas,
-            "alphas_cumprod": s.alphas_cumprod,
-            "alphas_cumprod_prev": s.alphas_cumprod_prev,
-            "sqrt_alphas_cumprod": a,
-            "sqrt_one_minus_alphas_cumprod": sigma,
-            "log_one_minus_alphas_cumprod": (1 - s.alphas_cumprod).log(),
-            "sqrt_recip_alphas_cumprod": 1 / a,
-            "sqrt_recipm1_alphas_cumprod": sigma / a,
-            "posterior_variance": s.posterior_variance,
-            "posterior_log_variance_clipped": s.posterior_variance.clamp(min=1e-20).log(),
-            "posterior_mean_coef1": s.posterior_mean_coef1,
-            "posterior_mean_coef2": s.posterior_mean_coef2,
-            "loss_weight": weight,
-        }
-        sigma2 = make_variance(s, self.variance)
-        rows = {
-            "q_sample_rows": torch.stack([a, sigma], dim=1),  # (T, 2)
-            "x_start_rows": torch.stack(x_start_rows(s, self.objective), dim=1),  # (T, 2)
-            "loss_rows": torch.stack([*target_rows(s, self.objective), weight], dim=1),  # (T, 3)
-            "variance_rows": torch.stack([sigma2, sigma2.clamp(min=1e-20).log()], dim=1),  # (T, 2)
-            "ancestral_rows": samplers.ancestral(s, self.objective, variance=self.variance).rows,  # (T, 6)
-        }
-        return tables, rows
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "GaussianDiffusion":
-        super()._apply(fn, recurse)
-        # A schedule in half precision has no noise where there is little. The tables stay float32, or are the
-        # float64 ones after .double(), whatever dtype the network takes.
-        dtype = torch.float64 if self.betas.dtype == torch.float64 else torch.float32
-        for name, table in (self._tables | self._rows).items():
-            if not self._buffers[name].is_meta:
-                self._buffers[name] = table.to(self._buffers[name].device, dtype)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        for name, table in self._tables.items():
-            given = state_dict.get(prefix + name)
-            if given is None:
-                continue
-            if given.shape != table.shape or not torch.allclose(given.cpu().double(), table, rtol=1e-3, atol=1e-6):
-                args[-1].append(
-                    f"the checkpoint's `{name}` is of another schedule, objective or loss weight: make the "
-                    f"GaussianDiffusion with the arguments that the checkpoint was trained with"
-                )
-            state_dict[prefix + name] = table.float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @property
-    def device(self) -> torch.device:
-        return self.betas.device
-
-    def _at(self, rows: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """The columns of rows at t, shaped to broadcast against x."""
-        picked = rows[t].view(len(t), -1, *[1] * (x.ndim - 1))
-        return picked.unbind(1)
-
-    def _extract(self, table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        checks.timesteps(t, len(x), self.num_timesteps)
-        return self._at(table[:, None], t, x)[0]
-
-    # Conversions between x_0, eps and v. Shapes (N, C, ...), t (N,).
-
-    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_0 = x_t / a - eps s / a. Ho et al. (2020), eq. 4."""
-        recip = self._extract(self.sqrt_recip_alphas_cumprod, t, x_t)
-        return recip * x_t - self._extract(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
-
-    def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """eps = (x_t / a - x_0) a / s."""
-        recip = self._extract(self.sqrt_recip_alphas_cumprod, t, x_t)
-        return (recip * x_t - x0) / self._extract(self.sqrt_recipm1_alphas_cumprod, t, x_t)
-
-    def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v = a eps - s x_0. Salimans & Ho (2022), appendix D."""
-        a = self._extract(self.sqrt_alphas_cumprod, t, x_start)
-        return a * noise - self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
-
-    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """x_0 = a x_t - s v."""
-        a = self._extract(self.sqrt_alphas_cumprod, t, x_t)
-        return a * x_t - self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
-
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance (clipped at 1e-20) of q(x_{t-1} | x_t, x_0). Ho et al. (2020), eq. 7."""
-        mean = self._extract(self.posterior_mean_coef1, t, x_t) * x_start
-        mean = mean + self._extract(self.posterior_mean_coef2, t, x_t) * x_t
-        variance = self._extract(self.posterior_variance, t, x_t)
-        return mean, variance, self._extract(self.posterior_log_variance_clipped, t, x_t)
 
     # The network
 
@@ -257,14 +154,6 @@ class GaussianDiffusion(nn.Module):
                 f"the model must return the shape of its input, {tuple(x.shape)}; it returned {tuple(pred.shape)}"
             )
         return pred
-
-    def _bounds(self, clip_denoised: bool | tuple[float, float]) -> tuple[float, float] | None:
-        if isinstance(clip_denoised, bool):
-            return (-1.0, 1.0) if clip_denoised else None
-        low, high = clip_denoised
-        if not low < high:
-            raise ValueError(f"clip_denoised must be True, False or (low, high) with low < high; got {clip_denoised}")
-        return float(low), float(high)
 
     def model_predictions(
         self,
@@ -285,7 +174,7 @@ class GaussianDiffusion(nn.Module):
         u, w = self._at(self.x_start_rows, t, x)
         x_start = u * x + w * pred
         if clip_x_start:
-            x_start = x_start.clamp(*(self._bounds(self.clip_denoised) or (-1.0, 1.0)))
+            x_start = x_start.clamp(*(_bounds(self.clip_denoised) or (-1.0, 1.0)))
         if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
             return ModelPrediction(pred, x_start)
         return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
@@ -303,7 +192,7 @@ class GaussianDiffusion(nn.Module):
             clip_denoised: None for the module's own.
         """
         x_start = self.model_predictions(x, t, x_self_cond).pred_x_start
-        bounds = self._bounds(self.clip_denoised if clip_denoised is None else clip_denoised)
+        bounds = _bounds(self.clip_denoised if clip_denoised is None else clip_denoised)
         if bounds is not None:
             x_start = x_start.clamp(*bounds)
         mean, _, _ = self.q_posterior(x_start, x, t)
@@ -349,9 +238,7 @@ class GaussianDiffusion(nn.Module):
         return ops.q_sample(x_start, noise, t, self.q_sample_rows)
 
     def _source(self, like: Tensor, seed: int | torch.Generator | None, sample_offset: int) -> Draw:
-        return noises.source(
-            self.rng, seed=seed, sample_offset=sample_offset, device=like.device, dtype=like.dtype
-        )
+        return noises.source(self.rng, seed=seed, sample_offset=sample_offset, device=like.device, dtype=like.dtype)
 
     def p_losses(
         self,
@@ -464,7 +351,7 @@ class GaussianDiffusion(nn.Module):
         noisy, multistep = (table.sigma > 0).tolist(), bool((table.C != 0).any())
         if self.rng == "torch":  # other packages draw for every step but the last, whatever its sigma
             noisy = [True] * (len(table) - 1) + [False]
-        bounds = self._bounds(self.clip_denoised)
+        bounds = _bounds(self.clip_denoised)
         x_start = None
         with _evaluating(self.model):
             yield taken, x, x_start
@@ -572,7 +459,7 @@ class GaussianDiffusion(nn.Module):
         return self._finish(self._run(shape, **run), return_all_timesteps)
 
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
-        """DDIM sampling of a (N, C, ...) shape over `sampling_timesteps` steps, or as the arguments of `sample` say."""
+        """DDIM sampling of a (N, C, ...) shape over `sampling_timesteps`, or as the arguments of `sample` say."""
         return self._finish(self._run(shape, **({"sampler": "ddim"} | run)), return_all_timesteps)
 
     @torch.inference_mode()
@@ -608,7 +495,7 @@ class GaussianDiffusion(nn.Module):
             torch.tensor(k, device=x.device),
             self.ancestral_rows,
             noise=noise if t > 0 else None,
-            clip=self._bounds(self.clip_denoised),
+            clip=_bounds(self.clip_denoised),
         )
 
     def interpolate(
@@ -648,6 +535,15 @@ class GaussianDiffusion(nn.Module):
 
 def _last(states: Iterator[Any]) -> Any:
     return deque(states, maxlen=1).pop()
+
+
+def _bounds(clip_denoised: bool | tuple[float, float]) -> tuple[float, float] | None:
+    if isinstance(clip_denoised, bool):
+        return (-1.0, 1.0) if clip_denoised else None
+    low, high = clip_denoised
+    if not low < high:
+        raise ValueError(f"clip_denoised must be True, False or (low, high) with low < high; got {clip_denoised}")
+    return float(low), float(high)
 
 
 @contextmanager

@@ -18,7 +18,17 @@ axes, (N, D) and (N, C, L), is counted as it lies.
 Streams: 0 is x_T in a sampling run and eps in training, k + 1 the noise of the k-th sampling step.
 """
 
-__all__ = ["OFFSET", "SECOND_IMAGE", "channels_last_format", "draw_seed", "fold_in", "gaussian", "key", "normal", "source"]
+__all__ = [
+    "OFFSET",
+    "SECOND_IMAGE",
+    "channels_last_format",
+    "draw_seed",
+    "fold_in",
+    "gaussian",
+    "key",
+    "normal",
+    "source",
+]
 
 import math
 from collections.abc import Callable, Sequence
@@ -141,7 +151,7 @@ def channels_last_format(ndim: int) -> torch.memory_format | None:
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """A 63-bit seed from a generator, PyTorch's default one if None (`torch.manual_seed` governs it)."""
-    device = None if generator is None else generator.device
+    device = "cpu" if generator is None else generator.device
     return int(torch.randint(0, (1 << 63) - 1, (), generator=generator, device=device))
 
 

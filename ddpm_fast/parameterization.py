@@ -4,9 +4,11 @@ With a = sqrt(abar_t) and s = sqrt(1 - abar_t), every objective is a linear targ
 
     target = p x_0 + q eps
 
-            pred_noise      pred_x0     pred_v (Salimans & Ho, 2022)    pred_mean (Ho et al., 2020, eq. 7: c0 x_0 + cx x_t)
-    p       0               1           -s                              c0 + cx a
-    q       1               0           a                               cx s
+            pred_noise      pred_x0     pred_v      pred_mean
+    p       0               1           -s          c0 + cx a
+    q       1               0           a           cx s
+
+(v: Salimans & Ho, 2022; mean: c0 x_0 + cx x_t, Ho et al., 2020, eq. 7)
 
 and since x_t = a x_0 + s eps, one formula finds x_0 from any of them:
 
@@ -16,7 +18,15 @@ An error e of the prediction is an error w e of x0_hat, so a weight on the one i
 All functions return float64 of shape (T,).
 """
 
-__all__ = ["LOSS_WEIGHTS", "OBJECTIVES", "VARIANCES", "loss_weight", "target_rows", "variance", "x_start_rows"]
+__all__ = [
+    "LOSS_WEIGHTS",
+    "OBJECTIVES",
+    "VARIANCES",
+    "loss_weight",
+    "target_rows",
+    "variance",
+    "x_start_rows",
+]
 
 from collections.abc import Sequence
 
@@ -86,7 +96,7 @@ def loss_weight(
     """
     _, w = x_start_rows(schedule, objective)
     if not isinstance(kind, str):
-        table = torch.as_tensor(kind).detach().to("cpu", torch.float64)
+        table = torch.as_tensor(kind, dtype=torch.float64, device="cpu").detach()
         if table.shape != w.shape or not (table >= 0).all() or table.isinf().any():
             raise ValueError(
                 f"loss_weight as a table must hold {len(w)} finite numbers of at least 0, one for each timestep; "

@@ -57,8 +57,8 @@ def strided_timesteps(timesteps: int, steps: int | Sequence[int]) -> Tensor:
     if isinstance(steps, int) and not isinstance(steps, bool):
         if not 1 <= steps <= timesteps:
             raise ValueError(f"steps must lie in [1, {timesteps}], the schedule's timesteps; got {steps}")
-        return torch.linspace(-1, timesteps - 1, steps + 1).long()[1:].flip(0)
-    chosen = torch.as_tensor(steps)
+        return torch.linspace(-1, timesteps - 1, steps + 1, device="cpu").long()[1:].flip(0)
+    chosen = torch.as_tensor(steps, device="cpu")
     if chosen.ndim != 1 or not len(chosen) or chosen.is_floating_point() or chosen.dtype == torch.bool:
         raise ValueError(f"steps must be a whole number or a list of whole timesteps, got {steps!r}")
     if chosen.min() < 0 or chosen.max() >= timesteps or len(chosen.unique()) < len(chosen):
@@ -73,7 +73,11 @@ def _abar_pairs(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ancestral(
-    schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None, *, variance: str = "posterior"
+    schedule: NoiseSchedule,
+    objective: str,
+    steps: int | Sequence[int] | None = None,
+    *,
+    variance: str = "posterior",
 ) -> StepTable:
     """Ancestral sampling. Ho et al. (2020), algorithm 2; strided as in Nichol & Dhariwal (2021), sec. 4.
 
@@ -124,6 +128,4 @@ def ddim(
         raise ValueError(f"eta = {eta} gives some of these {len(t)} steps more noise than x_t' may hold; take less")
     direction = direction2.clamp(min=0).sqrt()
     u, w = (row[t] for row in x_start_rows(schedule, objective))
-    return StepTable(
-        t=t, u=u, w=w, A=direction / s, B=a_next - direction * a / s, C=torch.zeros_like(u), sigma=sigma
-    )
+    return StepTable(t=t, u=u, w=w, A=direction / s, B=a_next - direction * a / s, C=torch.zeros_like(u), sigma=sigma)

@@ -34,7 +34,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Tensor | Sequence[float], *, name: str = "betas") -> None:
-        betas = torch.as_tensor(betas).detach().to("cpu", torch.float64, copy=True)
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
         if betas.ndim != 1 or not len(betas):
             raise ValueError(f"{name}: betas must have the shape (timesteps,), got {tuple(betas.shape)}")
         outside = ~((betas > 0) & (betas < 1))  # true for NaN as well
@@ -95,7 +95,7 @@ class NoiseSchedule:
 
 
 def _linspace(start: float, end: float, steps: int) -> Tensor:
-    return torch.linspace(start, end, steps, dtype=torch.float64)
+    return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
 
 
 def _from_abar(abar: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def sigmoid_beta(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.0
 
 def constant(timesteps: int, beta_end: float = 0.02) -> Tensor:
     """One beta for every step."""
-    return torch.full((timesteps,), beta_end, dtype=torch.float64)
+    return torch.full((timesteps,), beta_end, dtype=torch.float64, device="cpu")
 
 
 def jsd(timesteps: int) -> Tensor:
@@ -163,8 +163,7 @@ def _warmup(timesteps: int, beta_start: float, beta_end: float, share: float) ->
 
 
 SCHEDULES = {
-    f.__name__: f
-    for f in (linear, quadratic, cosine, sigmoid, sigmoid_beta, constant, jsd, warmup10, warmup50)
+    f.__name__: f for f in (linear, quadratic, cosine, sigmoid, sigmoid_beta, constant, jsd, warmup10, warmup50)
 }
 
 

@@ -44,6 +44,8 @@ def to_ddpm_fast(source, target):
             block("mid_block2", "mid_block.resnets.1")
     move("norm_out", "conv_norm_out")
     move("conv_out", "conv_out")
-    state["time_projection.weight"], state["time_projection.bias"] = (torch.cat(parts) for parts in zip(*times))
+    state["time_projection.weight"], state["time_projection.bias"] = (
+        torch.cat(parts) for parts in zip(*times, strict=True)
+    )
     assert not weights
     target.load_state_dict(state)

@@ -60,9 +60,7 @@ def test_an_image_is_the_same_in_any_batch(size, sampler):
     diffusion = make(size)
     whole = diffusion.sample(8, sampler=sampler, eta=0.7 if sampler == "ddim" else None, seed=5)
     for first, n in [(0, 1), (3, 1), (2, 4)]:
-        part = diffusion.sample(
-            n, sampler=sampler, eta=0.7 if sampler == "ddim" else None, seed=5, sample_offset=first
-        )
+        part = diffusion.sample(n, sampler=sampler, eta=0.7 if sampler == "ddim" else None, seed=5, sample_offset=first)
         # The noise has the same bits; a matrix product may round otherwise in another batch.
         torch.testing.assert_close(part, whole[first : first + n], rtol=0, atol=20 * 2**-22)
     assert not torch.allclose(whole, diffusion.sample(8, sampler=sampler, seed=6))
@@ -224,10 +222,31 @@ def test_tables_stay_exact_when_the_network_is_halved():
     assert torch.equal(diffusion.betas, diffusion.schedule.betas)
 
 
+def test_a_module_made_without_memory_has_its_tables_once_it_gets_some():
+    with torch.device("meta"):
+        diffusion = make()
+    assert diffusion.betas.is_meta
+    diffusion.to_empty(device="cpu")
+    for name, table in make().named_buffers():
+        assert torch.equal(getattr(diffusion, name), table), name
+
+
 def test_buffers_are_those_of_the_class_it_replaces():
-    names = """betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
-        log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
-        posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 loss_weight""".split()
+    names = {
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "loss_weight",
+    }
     diffusion = make()
     state = diffusion.state_dict()
     assert set(state) == {*names, "model.mix.weight", "model.mix.bias"}

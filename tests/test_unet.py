@@ -16,7 +16,13 @@ def randomise(model):
 
 
 def small(**changes):
-    arguments = {"image_size": 16, "dim": 32, "dim_mults": (1, 2), "attention_resolutions": (8,), "norm_groups": 8}
+    arguments = {
+        "image_size": 16,
+        "dim": 32,
+        "dim_mults": (1, 2),
+        "attention_resolutions": (8,),
+        "norm_groups": 8,
+    }
     return randomise(UNet(**(arguments | changes)))
 
 

@@ -1,0 +1,63 @@
+"""What this installation is made of, and what it can use: `python -m ddpm_fast.info`."""
+
+__all__ = ["backends", "devices", "main", "versions"]
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .ops import native
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {
+        "ddpm_fast": version("ddpm_fast"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in ("triton", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["cuda"] = torch.version.cuda or "not in this torch"
+    return found
+
+
+def devices() -> list[str]:
+    """The processor, then the accelerators."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = [f"cpu: {cores} cores, {torch.get_num_threads()} threads, {platform.machine()}, {capability}"]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            found.append(f"cuda:{i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return found
+
+
+def backends() -> dict[str, tuple[bool, str]]:
+    """Whether each backend can be used, and why not."""
+    found = {"reference": (True, "plain PyTorch: every op")}
+    for name, (loaded, reason) in native.modules.items():
+        found[name] = (loaded, reason or "C++: q_sample")
+    if found["cuda"][0] and not torch.cuda.is_available():
+        found["cuda"] = (False, "built and loaded, but PyTorch finds no NVIDIA GPU")
+    found["triton"] = (False, "no op has a Triton kernel yet")
+    return found
+
+
+def main() -> None:
+    print("\n".join(f"{name:<11} {value}" for name, value in versions().items()))
+    print("\ndevices")
+    print("\n".join(f"  {device}" for device in devices()))
+    print("\nbackends")
+    for name, (available, reason) in backends().items():
+        print(f"  {name:<11} {'yes' if available else 'no':<4} {reason}")
+
+
+if __name__ == "__main__":
+    main()

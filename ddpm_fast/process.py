@@ -1,0 +1,134 @@
+r"""The diffusion process without a network: its tables, and the closed forms between x_0, x_t, eps and v.
+
+x_t = a_t x_0 + s_t eps         v = a_t eps - s_t x_0         a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t)
+"""
+
+__all__ = ["GaussianProcess"]
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, samplers
+from .parameterization import target_rows, x_start_rows
+from .parameterization import variance as make_variance
+from .schedules import NoiseSchedule
+
+
+class GaussianProcess(nn.Module):
+    """The buffers that diffusion modules have and save, the rows that the ops take, and what follows from them.
+
+    Data has the shape (N, C, ...), timesteps t (N,), int64, in [0, T).
+
+    Args:
+        schedule: the betas.
+        objective: what the network predicts; see `parameterization`.
+        variance: sigma^2 of ancestral steps: posterior or beta.
+        loss_weight: the weight of each timestep, (T,), float64.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, objective: str, variance: str, loss_weight: Tensor) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.objective = objective
+        self.variance = variance
+        self.num_timesteps = len(schedule)
+        self._tables, self._rows = self._make_tables(loss_weight)
+        device = torch.get_default_device()
+        for name, table in self._tables.items():
+            self.register_buffer(name, table.to(device, torch.float32))
+        for name, rows in self._rows.items():
+            self.register_buffer(name, rows.to(device, torch.float32), persistent=False)
+
+    def _make_tables(self, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """float64: the buffers that others of this name have and save, and the rows that the ops take."""
+        s = self.schedule
+        a, sigma = s.sqrt_alphas_cumprod, s.sqrt_one_minus_alphas_cumprod
+        tables = {
+            "betas": s.betas,
+            "alphas_cumprod": s.alphas_cumprod,
+            "alphas_cumprod_prev": s.alphas_cumprod_prev,
+            "sqrt_alphas_cumprod": a,
+            "sqrt_one_minus_alphas_cumprod": sigma,
+            "log_one_minus_alphas_cumprod": (1 - s.alphas_cumprod).log(),
+            "sqrt_recip_alphas_cumprod": 1 / a,
+            "sqrt_recipm1_alphas_cumprod": sigma / a,
+            "posterior_variance": s.posterior_variance,
+            "posterior_log_variance_clipped": s.posterior_variance.clamp(min=1e-20).log(),
+            "posterior_mean_coef1": s.posterior_mean_coef1,
+            "posterior_mean_coef2": s.posterior_mean_coef2,
+            "loss_weight": weight,
+        }
+        sigma2 = make_variance(s, self.variance)
+        rows = {
+            "q_sample_rows": torch.stack([a, sigma], dim=1),  # (T, 2)
+            "x_start_rows": torch.stack(x_start_rows(s, self.objective), dim=1),  # (T, 2)
+            "loss_rows": torch.stack([*target_rows(s, self.objective), weight], dim=1),  # (T, 3)
+            "variance_rows": torch.stack([sigma2, sigma2.clamp(min=1e-20).log()], dim=1),  # (T, 2)
+            "ancestral_rows": samplers.ancestral(s, self.objective, variance=self.variance).rows,  # (T, 6)
+        }
+        return tables, rows
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GaussianProcess":
+        super()._apply(fn, recurse)
+        # A schedule in half precision has no noise where there is little. The tables stay float32, or are the
+        # float64 ones after .double(), whatever dtype the network takes.
+        dtype = torch.float64 if self.betas.dtype == torch.float64 else torch.float32
+        for name, table in (self._tables | self._rows).items():
+            if not self._buffers[name].is_meta:
+                self._buffers[name] = table.to(self._buffers[name].device, dtype)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name, table in self._tables.items():
+            given = state_dict.get(prefix + name)
+            if given is None:
+                continue
+            if given.shape != table.shape or not torch.allclose(given.cpu().double(), table, rtol=1e-3, atol=1e-6):
+                args[-1].append(
+                    f"the checkpoint's `{name}` is of another schedule, objective or loss weight: make the "
+                    f"GaussianDiffusion with the arguments that the checkpoint was trained with"
+                )
+            state_dict[prefix + name] = table.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def device(self) -> torch.device:
+        return self.betas.device
+
+    def _at(self, rows: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The columns of rows at t, shaped to broadcast against x."""
+        picked = rows[t].view(len(t), -1, *[1] * (x.ndim - 1))
+        return picked.unbind(1)
+
+    def _extract(self, table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        checks.timesteps(t, len(x), self.num_timesteps)
+        return self._at(table[:, None], t, x)[0]
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_0 = x_t / a - eps s / a. Ho et al. (2020), eq. 4."""
+        recip = self._extract(self.sqrt_recip_alphas_cumprod, t, x_t)
+        return recip * x_t - self._extract(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+
+    def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """eps = (x_t / a - x_0) a / s."""
+        recip = self._extract(self.sqrt_recip_alphas_cumprod, t, x_t)
+        return (recip * x_t - x0) / self._extract(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+
+    def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """v = a eps - s x_0. Salimans & Ho (2022), appendix D."""
+        a = self._extract(self.sqrt_alphas_cumprod, t, x_start)
+        return a * noise - self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+
+    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """x_0 = a x_t - s v."""
+        a = self._extract(self.sqrt_alphas_cumprod, t, x_t)
+        return a * x_t - self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance (clipped at 1e-20) of q(x_{t-1} | x_t, x_0). Ho et al. (2020), eq. 7."""
+        mean = self._extract(self.posterior_mean_coef1, t, x_t) * x_start
+        mean = mean + self._extract(self.posterior_mean_coef2, t, x_t) * x_t
+        variance = self._extract(self.posterior_variance, t, x_t)
+        return mean, variance, self._extract(self.posterior_log_variance_clipped, t, x_t)

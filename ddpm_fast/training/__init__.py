@@ -1,0 +1,1 @@
+"""From a JSON file to a trained model: what the command line runs."""

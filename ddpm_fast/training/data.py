@@ -1,0 +1,169 @@
+"""Images as uint8 batches, (N, C, H, W).
+
+A data set has a length, and a list of indices gives a batch: `data[[3, 1, 4]]`.
+"""
+
+__all__ = ["DataError", "ImageFiles", "ImageTensor", "ShuffledBatches", "batches", "open_data", "read_idx"]
+
+import gzip
+import math
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .config import CelebAData, Cifar10Data, DataConfig, DigitsData, FolderData, IdxData
+
+
+class DataError(ValueError):
+    """What is wrong with the data, and in which file."""
+
+
+class ImageTensor(Dataset):
+    """Images in memory, uint8, (N, C, H, W)."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        return self.images[indices]
+
+
+class ImageFiles(Dataset):
+    """Image files, decoded when asked for: the shorter side resized to `image_size`, the centre cropped.
+
+    Args:
+        paths: the files.
+        image_size: H = W.
+        channels: 3 for RGB, 1 for grey.
+    """
+
+    def __init__(self, paths: list[Path], image_size: int, channels: int = 3) -> None:
+        self.paths, self.image_size, self.channels = paths, image_size, channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        return torch.stack([self._read(self.paths[i]) for i in indices])
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image).convert("RGB" if self.channels == 3 else "L")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path}: not a readable image ({error})") from None
+        image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
+        return pixels.reshape(self.image_size, self.image_size, self.channels).permute(2, 0, 1)
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """The indices of each training step, epoch after epoch, each in its own order.
+
+    The batch of a step depends on the seed and the step alone, so that a run can go on where it stopped.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, seed: int, first_step: int, last_step: int) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.first_step, self.last_step = first_step, last_step
+
+    def __len__(self) -> int:
+        return self.last_step - self.first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, []
+        for step in range(self.first_step, self.last_step):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    generator = torch.Generator().manual_seed(self.seed + epoch)
+                    order = torch.randperm(self.length, generator=generator).tolist()
+                batch.append(order[position % self.length])
+            yield batch
+
+
+def batches(data: Dataset, sampler: ShuffledBatches) -> DataLoader:
+    """The batches of a run; files are decoded by other processes."""
+    workers = min(8, os.cpu_count() or 1) if isinstance(data, ImageFiles) else 0
+    return DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())
+
+
+def open_data(config: DataConfig) -> Dataset:
+    """The data set that a config names.
+
+    Raises:
+        DataError: files that are missing, empty or not what they should be.
+    """
+    match config:
+        case DigitsData():
+            return ImageTensor(_digits())
+        case IdxData():
+            return ImageTensor(read_idx(config.path)[:, None])
+        case Cifar10Data():
+            pixels = _torchvision().CIFAR10(config.path, train=True, download=True).data  # (N, H, W, C)
+            return ImageTensor(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        case CelebAData():
+            celeba = _torchvision().CelebA(config.path, split="train", download=True)
+            folder = Path(celeba.root, celeba.base_folder, "img_align_celeba")
+            return ImageFiles([folder / name for name in celeba.filename], config.image_size)
+        case FolderData():
+            return ImageFiles(_find_images(config.path), config.image_size, config.channels)
+
+
+def _digits() -> Tensor:
+    from sklearn.datasets import load_digits
+
+    return torch.from_numpy((load_digits().images * (255 / 16)).round().astype(np.uint8))[:, None]
+
+
+def read_idx(path: Path) -> Tensor:
+    """The images of an IDX file, as http://yann.lecun.com/exdb/mnist describes it, gzipped or not.
+
+    Returns:
+        (N, H, W), uint8.
+
+    Raises:
+        DataError: no such file, not an IDX file of images in bytes, or a truncated one.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    if raw[:4] != b"\x00\x00\x08\x03":  # bytes, 3 axes
+        raise DataError(f"{path}: not an IDX file of images: it begins with {raw[:4].hex(' ')}, needed 00 00 08 03")
+    header = 4 + 3 * 4
+    shape = struct.unpack(">3I", raw[4:header]) if len(raw) >= header else (0, 0, 0)
+    if len(raw) - header != math.prod(shape) or not math.prod(shape):
+        raise DataError(f"{path}: truncated: {len(raw) - header} bytes of pixels for the shape {shape}")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
+
+
+def _find_images(folder: Path) -> list[Path]:
+    endings = set(Image.registered_extensions())
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    if not paths:
+        raise DataError(f"{folder}: no images in this folder or below; looked for .png, .jpg, .webp and the like")
+    return paths
+
+
+def _torchvision():
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:  # RuntimeError: made for another torch
+        raise DataError(f'this data set needs torchvision: pip install "ddpm_fast[vision]" ({error})') from None
+    return datasets

@@ -1,0 +1,86 @@
+"""What a run will cost, from a few real steps of it."""
+
+__all__ = ["estimate"]
+
+import statistics
+import time
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from .config import RunConfig, build_diffusion
+from .trainer import make_optimizer, pick_device
+
+SECONDS = 10  # about how long the timed steps take together
+STEPS = 4  # timed
+
+
+def estimate(config: RunConfig) -> str:
+    """Times real training steps on random images of the config's size.
+
+    A batch that would take too long here is measured with fewer images: the time then scales with the batch.
+    Memory is counted, not sampled: weights, gradient, two moments and average, and what autograd keeps an image.
+
+    Returns:
+        Some lines to print.
+    """
+    device, batch = pick_device(), config.training.batch_size
+    diffusion = build_diffusion(config).to(device)
+    optimizer = make_optimizer(diffusion, config.training)
+    parameters = sum(p.numel() for p in diffusion.model.parameters())
+
+    def images(n: int) -> torch.Tensor:
+        shape = (n, diffusion.channels, *diffusion.image_size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
+    kept = _bytes_for_backward(diffusion, images(1))
+
+    def step(n: int) -> float:
+        data = images(n)
+        started = time.perf_counter()
+        diffusion(data).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - started
+
+    step(1)  # the first one also sets things up
+    n = max(1, min(batch, int(SECONDS / STEPS / step(1))))
+    step(n)
+    seconds = statistics.median(step(n) for _ in range(STEPS)) * batch / n
+    memory = parameters * 4 * 5 + kept * batch
+    scaled = "" if n == batch else f", scaled from batches of {n}"
+    weights = f"{parameters * 20 / 2**30:.2f} for weights, gradient, moments and average"
+    lines = {
+        "network": f"{parameters:,} parameters",
+        "device": device,
+        "step": f"{seconds:.3g} s for {batch} images{scaled}",
+        "run": f"{_duration(seconds * config.training.steps)} for {config.training.steps:,} steps",
+        "memory": f"{memory / 2**30:.2f} GiB: {weights}, and {kept / 2**20:.1f} MiB an image",
+    }
+    return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
+
+
+def _bytes_for_backward(diffusion: torch.nn.Module, images: torch.Tensor) -> int:
+    """Bytes that autograd keeps from forward to backward, each storage once, the parameters not counted."""
+    storages = {}
+    ours = {p.untyped_storage().data_ptr() for p in diffusion.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = diffusion(images)  # which keeps what was saved alive, so that no address is used twice
+    del loss
+    return sum(storages.values())
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

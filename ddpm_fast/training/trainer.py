@@ -1,0 +1,205 @@
+"""Training: from a config to a folder with a model and pictures of what it makes."""
+
+__all__ = ["Run", "RunError", "load_run", "make_optimizer", "pick_device", "train", "write_pictures"]
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from ..diffusion import GaussianDiffusion
+from ..info import versions
+from . import checkpoint
+from .config import ConfigError, RunConfig, TrainingConfig, build_diffusion, check
+from .data import ShuffledBatches, batches, open_data
+from .pictures import save_grid, save_loss
+
+PREVIEW_STEPS = 50  # of DDIM, for the pictures made while training
+LOSS_POINTS = 200  # of the curve in metrics.json
+
+
+class RunError(RuntimeError):
+    """Why a run cannot begin or go on."""
+
+
+@dataclass
+class Run:
+    """A trained model: `diffusion` has the averaged (EMA) weights."""
+
+    folder: Path
+    config: RunConfig
+    diffusion: GaussianDiffusion
+    metrics: dict[str, Any]
+
+    def write_metrics(self) -> None:
+        (self.folder / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
+
+
+def pick_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
+    """Trains as `config` says and writes into `folder`: config.json, checkpoints, metrics.json and pictures.
+
+    Image n of the run always meets the same timestep, noise and flip, so that a run that was interrupted and
+    resumed is the run that was not, bit for bit on a CPU.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: input that cannot be used.
+        RunError: the folder holds another run, or the loss is no longer finite.
+    """
+    device, c = pick_device(), config.training
+    torch.manual_seed(config.seed)
+    diffusion = build_diffusion(config).to(device)
+    data = open_data(config.data)
+    _check_fit(diffusion, data[[0]])
+    optimizer = make_optimizer(diffusion, c)
+    ema = AveragedModel(diffusion, multi_avg_fn=get_ema_multi_avg_fn(c.ema_decay))
+
+    first_step, history, seconds = 0, [], 0.0
+    if (folder / "checkpoints").exists():
+        if not resume:
+            raise RunError(f"{folder} holds a run already; continue it with --resume, or choose another folder")
+        newest = checkpoint.latest(folder)
+        state = checkpoint.load_state(newest)
+        _check_same(config, state["config"])
+        diffusion.model.load_state_dict(checkpoint.load_weights(newest, "model"))
+        ema.module.model.load_state_dict(checkpoint.load_weights(newest, "ema"))
+        ema.n_averaged.fill_(state["step"])
+        optimizer.load_state_dict(checkpoint.load_optimizer(newest))
+        first_step, history, seconds = state["step"], state["history"], state["seconds"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+
+    def save(step: int) -> None:
+        state = {"config": config.model_dump(mode="json"), "history": history, "seconds": seconds}
+        checkpoint.save(folder, step, model=diffusion.model, ema=ema.module.model, optimizer=optimizer, state=state)
+
+    sampler = ShuffledBatches(len(data), c.batch_size, seed=config.seed, first_step=first_step, last_step=c.steps)
+    bar = tqdm(batches(data, sampler), "training", total=c.steps, initial=first_step, unit="step")
+    window, recent = max(1, c.steps // LOSS_POINTS), []
+    started = time.perf_counter()
+    diffusion.train()
+    for step, images in enumerate(bar, first_step):
+        torch.manual_seed(config.seed + (step << 32))  # flips, timesteps and dropout follow from the step
+        images = images.to(device, non_blocking=True)
+        if config.data.flip:
+            images = _flip_half(images)
+        loss = diffusion(images, seed=config.seed, sample_offset=step * c.batch_size)
+        loss.backward()
+        if c.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(diffusion.model.parameters(), c.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * lr_factor(step, c)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(diffusion)
+
+        recent.append(loss.detach())
+        done = step + 1
+        if done % window == 0 or done == c.steps:
+            mean = float(torch.stack(recent).mean())
+            recent = []
+            if not math.isfinite(mean):
+                raise RunError(f"the loss is {mean} at step {done}: lower training.lr or training.grad_clip")
+            history.append((done, mean))
+            bar.set_postfix(loss=f"{mean:.4f}")
+        if done % c.save_every == 0 or done == c.steps:
+            now = time.perf_counter()
+            seconds, started = seconds + now - started, now
+            save(done)
+        if done % c.sample_every == 0 and done < c.steps:
+            pause = time.perf_counter()
+            (folder / "previews").mkdir(exist_ok=True)
+            preview_steps = min(PREVIEW_STEPS, diffusion.num_timesteps)
+            preview = ema.module.sample(16, sampler="ddim", steps=preview_steps, seed=config.seed)
+            save_grid(preview, folder / "previews" / f"step-{done:08d}.png")
+            started += time.perf_counter() - pause
+
+    run = Run(
+        folder,
+        config,
+        ema.module.eval(),
+        metrics={
+            "loss": sum(loss for _, loss in history[-10:]) / len(history[-10:]),
+            "steps": c.steps,
+            "images_per_second": round(c.steps * c.batch_size / seconds, 1),
+            "seconds": round(seconds, 1),
+            "seed": config.seed,
+            "device": str(device),
+            "versions": versions(),
+            "history": history,
+        },
+    )
+    run.write_metrics()
+    save_loss(history, folder / "loss.png")
+    return run
+
+
+def make_optimizer(diffusion: GaussianDiffusion, c: TrainingConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        diffusion.model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True
+    )
+
+
+def lr_factor(step: int, c: TrainingConfig) -> float:
+    """The share of the learning rate that step (from 0) takes."""
+    factor = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
+    if c.cosine_decay:
+        factor *= 0.5 * (1 + math.cos(math.pi * step / c.steps))
+    return factor
+
+
+def write_pictures(run: Run, *, seed: int = 0, n: int = 64) -> torch.Tensor:
+    """samples.png, a grid of n, and denoising.png, rows from x_T to x_0. Returns the samples, in [0, 1]."""
+    samples = run.diffusion.sample(n, seed=seed, progress=True)
+    save_grid(samples[:64], run.folder / "samples.png")
+    last = len(run.diffusion.step_table())
+    shown = {round(i * last / 10) for i in range(11)}
+    states = [s.x for s in run.diffusion.sample_progressive(8, seed=seed) if s.step in shown]
+    save_grid(torch.stack(states, dim=1).flatten(0, 1), run.folder / "denoising.png", columns=len(states))
+    return samples
+
+
+def load_run(folder: Path) -> Run:
+    """A trained model from the folder of a run (its newest checkpoint), or from one of its checkpoints.
+
+    Raises:
+        CheckpointError: there is none, or a file of it is damaged.
+    """
+    newest = checkpoint.latest(folder)
+    config = check(checkpoint.load_state(newest)["config"], newest / "state.json")
+    diffusion = build_diffusion(config)
+    diffusion.model.load_state_dict(checkpoint.load_weights(newest, "ema"))
+    return Run(folder, config, diffusion.to(pick_device()).eval(), {})
+
+
+def _flip_half(images: torch.Tensor) -> torch.Tensor:
+    chosen = torch.rand(len(images), device=images.device) < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+
+
+def _check_fit(diffusion: GaussianDiffusion, images: torch.Tensor) -> None:
+    given, needed = tuple(images.shape[1:]), (diffusion.channels, *diffusion.image_size)
+    if given != needed:
+        raise ConfigError(f"data: the images are {given} (channels, H, W), but the model takes {needed}")
+
+
+def _check_same(config: RunConfig, before: dict[str, Any]) -> None:
+    """Only the number of steps and the intervals may differ from the run that is resumed."""
+    free = {"steps", "save_every", "sample_every"}
+    now = config.model_dump(mode="json")
+    for section in now:
+        a, b = now[section], before.get(section)
+        if section == "training":
+            a, b = ({k: v for k, v in d.items() if k not in free} for d in (a, b or {}))
+        if a != b:
+            raise RunError(f"the run was started with another {section}: {b}, now {a}")

@@ -1,0 +1,14 @@
+import pytest
+import torch
+
+# The tensors here are small: two threads would wait for one another more than they work.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory is NaN, so that nothing passes by reading what nobody wrote."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,179 @@
+"""The same numbers as the packages this one replaces: pip install ".[compat]"."""
+
+import warnings
+
+import pytest
+import torch
+from diffusers_weights import to_ddpm_fast
+from torch import nn
+
+from ddpm_fast import GaussianDiffusion, UNet
+
+# Their imports warn, and some of their schedules are in float32.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def lucidrains():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("denoising_diffusion_pytorch", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("diffusers", exc_type=ImportError)
+
+
+class Net(nn.Module):
+    """What both take for a network."""
+
+    channels = out_dim = 3
+    self_condition = False
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+
+    def forward(self, x, t, x_self_cond=None):
+        return torch.tanh(self.conv(x) + t[:, None, None, None] / 1000)
+
+
+def pair(lucidrains, **arguments):
+    theirs = lucidrains.GaussianDiffusion(Net(), image_size=8, **arguments)
+    ours = GaussianDiffusion(Net(), image_size=8, rng="torch", **arguments)
+    return theirs, ours
+
+
+def both(theirs, ours, call):
+    results = []
+    for diffusion in (theirs, ours):
+        torch.manual_seed(5)
+        results.append(call(diffusion))
+    return results
+
+
+CASES = [
+    {},
+    {"objective": "pred_noise", "beta_schedule": "linear"},
+    {"objective": "pred_x0", "beta_schedule": "cosine", "timesteps": 100},
+    {"objective": "pred_v", "min_snr_loss_weight": True, "timesteps": 50},
+    {"objective": "pred_noise", "beta_schedule": "sigmoid", "timesteps": 50, "offset_noise_strength": 0.1},
+    {"objective": "pred_x0", "timesteps": 50, "schedule_fn_kwargs": {"start": 0, "tau": 0.9}},
+    {"timesteps": 60, "sampling_timesteps": 13},
+    {"timesteps": 60, "sampling_timesteps": 13, "ddim_sampling_eta": 0.6, "objective": "pred_noise"},
+]
+
+
+@pytest.mark.parametrize("arguments", CASES, ids=str)
+def test_the_default_class_is_denoising_diffusion_pytorchs(lucidrains, arguments):
+    theirs, ours = pair(lucidrains, **arguments)
+    their_state, our_state = theirs.state_dict(), ours.state_dict()
+    assert list(their_state) != []
+    assert set(their_state) == set(our_state)
+    for name in their_state:
+        # v_start and v_end of their sigmoid are float32: 6e-8 of a difference of about 0.9, then a ratio.
+        torch.testing.assert_close(our_state[name], their_state[name], rtol=2e-4, atol=1e-6, msg=name)
+    ours.load_state_dict(their_state)
+
+    images = torch.rand(6, 3, 8, 8)
+    a, b = both(theirs, ours, lambda d: d(images))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    a, b = both(theirs, ours, lambda d: d(images, loss_reduction="none", times=torch.arange(6)))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    t = torch.arange(0, 48, 8)
+    a, b = both(theirs, ours, lambda d: d.q_sample(images, t))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    a, b = both(theirs, ours, lambda d: d.p_mean_variance(images, t))
+    torch.testing.assert_close(tuple(b), tuple(a), rtol=1e-3, atol=1e-4)
+    a, b = both(theirs, ours, lambda d: tuple(d.model_predictions(images, t, clip_x_start=True)))
+    torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("arguments", CASES[2:], ids=str)
+def test_the_default_sampling_draws_the_same_images(lucidrains, arguments):
+    theirs, ours = pair(lucidrains, **arguments)
+    ours.load_state_dict(theirs.state_dict())
+    a, b = both(theirs, ours, lambda d: d.sample(batch_size=4))
+    torch.testing.assert_close(b, a, rtol=0, atol=1e-3)
+    a, b = both(theirs, ours, lambda d: d.sample(batch_size=4, return_all_timesteps=True))
+    assert a.shape == b.shape
+    assert torch.equal(a[:, 0], b[:, 0])  # the same stream, to the bit
+    torch.testing.assert_close(b[:, -1], a[:, -1], rtol=0, atol=1e-3)
+
+
+UNETS = {
+    "ddpm-cifar10-32": {
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    "ddpm-256": {
+        "sample_size": 256,
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "size"), [("ddpm-cifar10-32", 32), ("ddpm-256", 64)])
+def test_the_presets_are_the_networks_of_diffusers(diffusers, name, size):
+    theirs = diffusers.UNet2DModel(
+        **UNETS[name],
+        layers_per_block=2,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    ).eval()
+    ours = UNet.preset(name).eval()
+    to_ddpm_fast(theirs, ours)
+    x, t = torch.randn(2, 3, size, size), torch.tensor([3, 977])
+    with torch.no_grad():
+        # 60 layers, each a sum of up to 9 * 512 products in another order.
+        torch.testing.assert_close(ours(x, t), theirs(x, t).sample, rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+def test_ancestral_steps_are_those_of_diffusers(diffusers, objective, variance):
+    prediction = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}[objective]
+    kind = {"posterior": "fixed_small", "beta": "fixed_large"}[variance]
+    scheduler = diffusers.DDPMScheduler(prediction_type=prediction, variance_type=kind)
+    ours = GaussianDiffusion(Net(), image_size=8, objective=objective, beta_schedule="linear", variance=variance)
+    x = torch.randn(2, 3, 8, 8)
+    for t in (999, 500, 20, 1, 0):
+        pred = ours.model(x, torch.full((2,), t))
+        theirs = scheduler.step(pred, t, x, generator=torch.Generator().manual_seed(3)).prev_sample
+        z = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+        # Their 1 - abar is float32, off by 2e-4 at t = 0.
+        torch.testing.assert_close(ours.p_sample(x, t, noise=z)[0], theirs, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_steps_are_those_of_diffusers(diffusers, eta):
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=True)
+    scheduler.set_timesteps(20)
+    ours = GaussianDiffusion(Net(), image_size=8, objective="pred_noise", beta_schedule="linear", rng="torch")
+    x = theirs = torch.randn(2, 3, 8, 8)
+    table = ours.step_table("ddim", 20, eta)
+    assert table.t.tolist() == scheduler.timesteps.tolist()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            noise = torch.randn(x.shape, generator=generator)
+            pred = ours.model(theirs, t.expand(2))
+            theirs = scheduler.step(
+                pred, t, theirs, eta=eta, use_clipped_model_output=True, variance_noise=noise if eta else None
+            ).prev_sample
+    sampled = ours.sample(2, sampler="ddim", steps=20, eta=eta, seed=torch.Generator().manual_seed(3), noise=x)
+    torch.testing.assert_close(sampled, (theirs + 1) / 2, rtol=0, atol=2e-3)

@@ -1,0 +1,206 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from test_config import changed
+from test_data import FASHION
+
+from ddpm_fast.training import checkpoint, data, demo, trainer
+from ddpm_fast.training.config import ConfigError, check, load
+from ddpm_fast.training.sampling import write_samples
+
+
+def small(**changes):
+    defaults = {
+        "diffusion__timesteps": 30,
+        "training__steps": 12,
+        "training__save_every": 4,
+        "training__sample_every": 5,
+        "model__dropout": 0.1,
+        "data__flip": True,
+        "training__ema_decay": 0.9,
+    }
+    return check(changed(**(defaults | changes)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    run = trainer.train(small(), folder)
+    trainer.write_pictures(run, n=9)
+    return run
+
+
+def weights(folder: Path, name: str) -> dict:
+    return safetensors.torch.load_file(checkpoint.latest(folder) / f"{name}.safetensors")
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    folder = finished.folder
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.json", "checkpoints", "previews", "samples.png", "denoising.png", "loss.png",
+    }  # fmt: skip
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+    assert sorted(p.name for p in (folder / "previews").iterdir()) == ["step-00000005.png", "step-00000010.png"]
+    assert check(json.loads((folder / "config.json").read_text())) == finished.config
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["seed"] == 0
+    assert metrics["steps"] == 12
+    assert metrics["loss"] > 0
+    assert metrics["images_per_second"] > 0
+    assert {"ddpm_fast", "python", "torch"} <= set(metrics["versions"])
+    assert [step for step, _ in metrics["history"]] == list(range(1, 13))
+    with Image.open(folder / "denoising.png") as picture:
+        assert picture.size == ((11 * 9 + 1) * 6, (8 * 9 + 1) * 6)  # 11 columns, 8 rows, enlarged six times
+
+
+def test_training_learns(finished):
+    history = trainer.train(small(training__steps=150, diffusion__timesteps=100), finished.folder / "longer").metrics
+    losses = [loss for _, loss in history["history"]]
+    assert losses[0] == pytest.approx(1.0, abs=0.2)  # a fresh network predicts 0, and eps has variance 1
+    assert history["loss"] < 0.6
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(finished, tmp_path, stop):
+    folder = tmp_path / "run"
+    trainer.train(small(training__steps=stop), folder)
+    assert checkpoint.load_state(checkpoint.latest(folder))["step"] == stop
+    run = trainer.train(small(), folder, resume=True)
+    for name in ("model", "ema"):
+        expected, found = weights(finished.folder, name), weights(folder, name)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert [loss for _, loss in run.metrics["history"]] == [loss for _, loss in finished.metrics["history"]]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished):
+    before = weights(finished.folder, "model")
+    with pytest.raises(trainer.RunError, match="holds a run already; continue it with --resume"):
+        trainer.train(small(), finished.folder)
+    with pytest.raises(trainer.RunError, match="started with another model"):
+        trainer.train(small(model__dim=16), finished.folder, resume=True)
+    assert all(torch.equal(before[k], v) for k, v in weights(finished.folder, "model").items())
+
+
+def test_images_that_the_model_does_not_take_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"the images are \(1, 8, 8\) .* but the model takes \(1, 16, 16\)"):
+        trainer.train(small(model__image_size=16, model__attention_resolutions=[8]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    forward = trainer.GaussianDiffusion.forward
+
+    def broken(self, images, **arguments):
+        loss = forward(self, images, **arguments)
+        return loss * float("nan") if arguments["sample_offset"] >= 4 * 9 else loss
+
+    monkeypatch.setattr(trainer.GaussianDiffusion, "forward", broken)
+    with pytest.raises(trainer.RunError, match="the loss is nan at step 10"):
+        trainer.train(small(), folder)
+    assert all(tensor.isfinite().all() for tensor in weights(folder, "model").values())
+
+
+def test_a_trained_model_is_loaded_with_its_average(finished, tmp_path):
+    loaded = trainer.load_run(finished.folder)
+    assert torch.equal(loaded.diffusion.sample(3, seed=1), finished.diffusion.sample(3, seed=1))
+    average, last = weights(finished.folder, "ema"), weights(finished.folder, "model")
+    assert not torch.equal(average["conv_in.weight"], last["conv_in.weight"])
+    older = trainer.load_run(finished.folder / "checkpoints" / "step-00000008")
+    assert not torch.equal(older.diffusion.sample(3, seed=1), loaded.diffusion.sample(3, seed=1))
+
+
+def test_samples_are_the_same_in_a_grid_and_in_files_and_for_any_number(finished, tmp_path):
+    assert "2 images" in write_samples(finished, tmp_path / "files", n=2, seed=3)
+    assert "6 images" in write_samples(finished, tmp_path / "more", n=6, seed=3)  # two batches
+    names = [f"{i:06d}.png" for i in range(6)]
+    assert sorted(p.name for p in (tmp_path / "more").iterdir()) == names
+    pixels = [torch.tensor(list(Image.open(tmp_path / "more" / name).tobytes())) for name in names]
+    for i in range(2):
+        alone = torch.tensor(list(Image.open(tmp_path / "files" / names[i]).tobytes()))
+        assert (alone - pixels[i]).abs().max() <= 1  # a convolution may round otherwise in another batch
+    write_samples(finished, tmp_path / "new" / "grid.png", n=6, seed=3, sampler="ddim", steps=5)
+    with Image.open(tmp_path / "new" / "grid.png") as grid:
+        assert grid.size == ((3 * 9 + 1) * 6, (2 * 9 + 1) * 6)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        write_samples(finished, tmp_path / "none", n=0)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"])
+def test_a_truncated_checkpoint_is_named_and_the_older_one_still_loads(finished, tmp_path, name):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    damaged = checkpoint.latest(folder) / name
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    older = folder / "checkpoints" / "step-00000008"
+    with pytest.raises(checkpoint.CheckpointError, match=rf"{name}: truncated.*before it is {older}"):
+        trainer.train(small(), folder, resume=True)
+    assert trainer.load_run(older).diffusion.sample(1, seed=0).shape == (1, 1, 8, 8)
+
+
+def test_a_save_that_is_interrupted_leaves_the_older_one(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    before = checkpoint.latest(folder)
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        trainer.train(small(training__steps=16), folder, resume=True)
+    assert checkpoint.latest(folder) == before
+    assert trainer.load_run(folder).diffusion.sample(1, seed=0).shape == (1, 1, 8, 8)
+
+
+def test_loading_a_checkpoint_cannot_run_code(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "was-run",)
+
+    torch.save(Payload(), checkpoint.latest(folder) / "optimizer.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"optimizer\.pt"):
+        trainer.train(small(training__steps=16), folder, resume=True)
+    assert not (tmp_path / "was-run").exists()
+    assert {p.suffix for p in checkpoint.latest(folder).iterdir()} == {".safetensors", ".pt", ".json"}
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{tmp_path}: no checkpoint here"):
+        trainer.load_run(tmp_path)
+
+
+def test_the_learning_rate_rises_and_falls_as_configured():
+    c = small(training__steps=100, training__warmup=10, training__cosine_decay=True).training
+    factors = [trainer.lr_factor(step, c) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors.index(max(factors)) == 9
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[99] < 0.001
+    assert trainer.lr_factor(5, small().training) == 1.0
+
+
+def test_the_classifier_knows_digits_from_noise():
+    digits = data.open_data(small().data).images / 255
+    share, counts = demo.recognised_share(digits[:500])
+    assert share > 0.95
+    assert min(counts) > 30
+    noise = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    shuffled = digits[:200].flatten(1)[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    for other in (noise, shuffled.view(-1, 1, 8, 8), torch.zeros(10, 1, 8, 8)):
+        assert demo.recognised_share(other)[0] < 0.05
+
+
+@pytest.mark.skipif(not FASHION.exists(), reason="needs Debian's dataset-fashion-mnist")
+def test_fashion_mnist_trains(tmp_path):
+    """The shipped config, shortened: 0.20 is what it must fall below after 60 steps (it begins at 1)."""
+    values = load("fashion_mnist").model_dump(mode="json")
+    values["training"] |= {"steps": 60, "batch_size": 32, "warmup": 10, "lr": 2e-3}
+    run = trainer.train(check(values), tmp_path / "fashion")
+    assert run.metrics["history"][0][1] == pytest.approx(1.0, abs=0.1)
+    assert run.metrics["loss"] < 0.20
