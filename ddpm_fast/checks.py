@@ -60,7 +60,7 @@ def _range_message(low: float, high: float) -> str:
 
 def timesteps(t: Tensor, batch: int, limit: int) -> None:
     """Checks that t is (batch,) whole numbers in [0, limit)."""
-    if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
+    if not isinstance(t, Tensor) or t.dtype != torch.int64:
         given = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(f"timesteps must be an int64 tensor of shape ({batch},); got {given}")
     if tuple(t.shape) != (batch,):

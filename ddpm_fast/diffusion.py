@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from . import checks, ops, samplers, schedules
 from . import noise as noises
 from .parameterization import loss_weight as make_loss_weight
-from .process import GaussianProcess
+from .process import DiffusionProcess
 from .schedules import NoiseSchedule
 
 Draw = Callable[[int, Sequence[int]], Tensor]  # (stream, shape) -> noise
@@ -46,7 +46,7 @@ class SampleState(NamedTuple):
     x_start: Tensor | None
 
 
-class GaussianDiffusion(GaussianProcess):
+class GaussianDiffusion(DiffusionProcess):
     """Denoising diffusion around a network. Ho et al. (2020).
 
     `forward` takes and `sample` gives values in [0, 1]; all other methods work in [-1, 1], the range of the network.
@@ -122,9 +122,6 @@ class GaussianDiffusion(GaussianProcess):
         if self.channels is None:
             raise ValueError("the model has no attribute `channels`; pass channels= to GaussianDiffusion")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        model_size = getattr(model, "image_size", None)
-        if isinstance(model_size, int) and self.image_size != (model_size, model_size):
-            raise ValueError(f"the model was made for image_size={model_size}; got image_size={image_size}")
         self.self_condition = getattr(model, "self_condition", False)
 
         self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
@@ -202,10 +199,11 @@ class GaussianDiffusion(GaussianProcess):
     # Training
 
     def normalize(self, img: Tensor) -> Tensor:
-        """[0, 1], or uint8, to [-1, 1]; as it is without auto_normalize."""
+        """[0, 1], or uint8, to [-1, 1]; in its own range without auto_normalize. float32."""
+        x = img.to(self.betas.dtype)
         if img.dtype == torch.uint8:
-            return img.to(self.betas.dtype) * (2 / 255) - 1
-        return img * 2 - 1 if self.auto_normalize else img
+            return x * (2 / 255) - 1
+        return x * 2 - 1 if self.auto_normalize else x
 
     def unnormalize(self, x: Tensor) -> Tensor:
         """[-1, 1] to [0, 1]; as it is without auto_normalize."""
@@ -235,7 +233,7 @@ class GaussianDiffusion(GaussianProcess):
             noise = self._source(x_start, seed, sample_offset)(0, x_start.shape)
         elif noise.shape != x_start.shape:
             raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
-        return ops.q_sample(x_start, noise, t, self.q_sample_rows)
+        return ops.q_sample(x_start, noise.to(x_start.dtype), t, self.q_sample_rows)
 
     def _source(self, like: Tensor, seed: int | torch.Generator | None, sample_offset: int) -> Draw:
         return noises.source(self.rng, seed=seed, sample_offset=sample_offset, device=like.device, dtype=like.dtype)
@@ -381,6 +379,8 @@ class GaussianDiffusion(GaussianProcess):
         progress: bool = False,
     ) -> Iterator[SampleState]:
         """A sampling run of given shape, state by state, in the range of `sample`."""
+        if min(shape) < 1:
+            raise ValueError(f"batch_size and all sizes must be at least 1; got the shape {tuple(shape)}")
         table = self.step_table(sampler, steps, eta)
         draw = self._source(self.betas, seed, sample_offset)
         if noise is None:

@@ -22,6 +22,7 @@ __all__ = [
     "OFFSET",
     "SECOND_IMAGE",
     "channels_last_format",
+    "derive_seed",
     "draw_seed",
     "fold_in",
     "gaussian",
@@ -153,6 +154,17 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     """A 63-bit seed from a generator, PyTorch's default one if None (`torch.manual_seed` governs it)."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(0, (1 << 63) - 1, (), generator=generator, device=device))
+
+
+def derive_seed(seed: int, *data: int) -> int:
+    """A seed for PyTorch's own generators, by folding numbers into one.
+
+    The CPU's takes the lower 32 bits alone, so that `seed + (step << 32)` would be one seed for all steps.
+    """
+    keys = key(seed, device="cpu")
+    for number in data:
+        keys = fold_in(keys, number)
+    return int(keys[0]) & ((1 << 63) - 1)
 
 
 def _as_int64(value: int) -> int:

@@ -3,7 +3,7 @@ r"""The diffusion process without a network: its tables, and the closed forms be
 x_t = a_t x_0 + s_t eps         v = a_t eps - s_t x_0         a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t)
 """
 
-__all__ = ["GaussianProcess"]
+__all__ = ["DiffusionProcess"]
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from .parameterization import variance as make_variance
 from .schedules import NoiseSchedule
 
 
-class GaussianProcess(nn.Module):
+class DiffusionProcess(nn.Module):
     """The buffers that diffusion modules have and save, the rows that the ops take, and what follows from them.
 
     Data has the shape (N, C, ...), timesteps t (N,), int64, in [0, T).
@@ -70,7 +70,7 @@ class GaussianProcess(nn.Module):
         }
         return tables, rows
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "GaussianProcess":
+    def _apply(self, fn: Any, recurse: bool = True) -> "DiffusionProcess":
         super()._apply(fn, recurse)
         # A schedule in half precision has no noise where there is little. The tables stay float32, or are the
         # float64 ones after .double(), whatever dtype the network takes.

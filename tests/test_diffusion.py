@@ -100,6 +100,18 @@ def test_loss_is_the_weighted_mean_square_by_the_papers_formula():
             torch.testing.assert_close(diffusion(x, eps, times=t), expected.mean())
 
 
+def test_half_precision_images_are_noised_in_float32():
+    """In bfloat16, x_t would hold 8 bits of what the first timesteps add."""
+    diffusion = make(objective="pred_noise").eval()
+    seen = []
+    diffusion.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x, t = images().bfloat16(), torch.arange(5)
+    for img in (x, x.float()):
+        diffusion(img, times=t, seed=1)
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(seen[0], seen[1])
+
+
 def test_uint8_images_are_the_same_images():
     diffusion = make().eval()
     pixels = (images() * 255).to(torch.uint8)
@@ -163,6 +175,8 @@ def test_strided_and_chosen_timesteps():
 
 def test_noise_may_be_given_and_is_not_changed():
     diffusion = make(offset_noise_strength=0.1).eval()
+    with pytest.raises(ValueError, match=r"at least 1; got the shape \(0, 2, 4, 6\)"):
+        diffusion.sample(0)
     x_T = torch.randn(3, 2, 4, 6)
     before = x_T.clone()
     a = diffusion.sample(3, sampler="ddim", noise=x_T)

@@ -102,6 +102,13 @@ def test_bad_arguments_are_refused(arguments):
         noise.gaussian(**({"shape": (2, 3), "seed": 0} | arguments))
 
 
+def test_derived_seeds_differ_in_the_bits_that_the_cpus_generator_takes():
+    seeds = [noise.derive_seed(0, purpose, step) % 2**32 for purpose in range(2) for step in range(100)]
+    assert len(set(seeds)) == 200
+    draws = {torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in seeds}
+    assert len(draws) == 200
+
+
 def test_empty_batches_are_empty():
     assert noise.gaussian((0, 3, 4, 4), seed=0).shape == (0, 3, 4, 4)
     assert noise.gaussian((3, 0), seed=0).shape == (3, 0)

@@ -65,6 +65,22 @@ def test_training_learns(finished):
     assert history["loss"] < 0.6
 
 
+def test_each_step_draws_its_own_timesteps_images_and_noise(tmp_path, monkeypatch):
+    seen = []
+    p_losses = trainer.GaussianDiffusion.p_losses
+
+    def spy(self, x_start, t, *arguments, seed, sample_offset):
+        seen.append((x_start, t, self.q_sample(x_start * 0, t, seed=seed, sample_offset=sample_offset)))
+        return p_losses(self, x_start, t, *arguments, seed=seed, sample_offset=sample_offset)
+
+    monkeypatch.setattr(trainer.GaussianDiffusion, "p_losses", spy)
+    trainer.train(small(diffusion__timesteps=1000, training__batch_size=16), tmp_path / "run")
+    for values in zip(*seen, strict=True):
+        assert len({tuple(value.flatten().tolist()) for value in values}) == 12
+    t = torch.cat([t for _, t, _ in seen]).double()
+    assert t.mean().item() == pytest.approx(499.5, abs=5 * 288.7 / len(t) ** 0.5)
+
+
 @pytest.mark.parametrize("stop", [4, 8])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(finished, tmp_path, stop):
     folder = tmp_path / "run"

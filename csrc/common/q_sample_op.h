@@ -39,9 +39,9 @@ inline void check_q_sample(const Tensor& x_start, const Tensor& noise, const Ten
                       t.scalar_type() == ScalarType::Long && rows.dim() == 2 && rows.size(1) == 2 &&
                       is_any_of(rows, {ScalarType::Float, ScalarType::Double}) && noise.device() == device &&
                       t.device() == device && rows.device() == device,
-                  "q_sample needs x_start (N, ...) floating, noise of the same shape and dtype, t (N,) int64 and "
-                  "rows (T, 2) float32, on one device; got x_start ",
-                  describe(x_start), ", noise ", describe(noise), ", t ", describe(t), ", rows ", describe(rows));
+      "q_sample needs x_start (N, ...) floating, noise of the same shape and dtype, t (N,) int64 and "
+      "rows (T, 2) float32, on one device; got x_start ",
+      describe(x_start), ", noise ", describe(noise), ", t ", describe(t), ", rows ", describe(rows));
 }
 
 // Whether equal indices are equal offsets. The stride of a dimension of size 1 means nothing: a grey
@@ -74,14 +74,12 @@ Tensor q_sample_op(const Tensor& x_start, const Tensor& noise, const Tensor& t, 
 
   const Tensor x = laid_out_like(x_start, out), eps = laid_out_like(noise, out), steps = contiguous(t);
   THO_DISPATCH_V2(x.scalar_type(), "q_sample", AT_WRAP([&] {
-                    using Acc = Accumulator<scalar_t>;
-                    const Tensor table =
-                        contiguous(torch::stable::to(rows, torch::headeronly::CppTypeToScalarType<Acc>::value));
-                    run(QSample<scalar_t>{x.const_data_ptr<scalar_t>(), eps.const_data_ptr<scalar_t>(),
-                                          steps.const_data_ptr<int64_t>(), table.const_data_ptr<Acc>(),
-                                          out.mutable_data_ptr<scalar_t>(), samples, sample_size, rows.size(0)});
-                  }),
-                  ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double);
+    using Acc = Accumulator<scalar_t>;
+    const Tensor table = contiguous(torch::stable::to(rows, torch::headeronly::CppTypeToScalarType<Acc>::value));
+    run(QSample<scalar_t>{x.const_data_ptr<scalar_t>(), eps.const_data_ptr<scalar_t>(), steps.const_data_ptr<int64_t>(),
+        table.const_data_ptr<Acc>(), out.mutable_data_ptr<scalar_t>(), samples, sample_size, rows.size(0)});
+  }),
+      ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double);
   return out;
 }
 

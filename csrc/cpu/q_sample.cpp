@@ -12,7 +12,7 @@ constexpr int64_t kGrainSize = 32768;  // elements a thread is worth waking for;
 // A function of its own for the sake of __restrict__, without which the loop is not vectorised.
 template <typename T>
 void add_noise(Accumulator<T> a, Accumulator<T> s, const T* __restrict__ x_start, const T* __restrict__ noise,
-               T* __restrict__ out, int64_t size) {
+    T* __restrict__ out, int64_t size) {
   for (int64_t i = 0; i < size; ++i) out[i] = q_sample(a, s, x_start[i], noise[i]);
 }
 
@@ -20,7 +20,7 @@ template <typename T>
 void run(const QSample<T>& q) {
   for (int64_t n = 0; n < q.samples; ++n) {
     STD_TORCH_CHECK(0 <= q.t[n] && q.t[n] < q.timesteps, "q_sample: t[", n, "] is ", q.t[n],
-                    ", but rows has T = ", q.timesteps, " timesteps, counted from 0");
+        ", but rows has T = ", q.timesteps, " timesteps, counted from 0");
   }
   // Threads share the elements, not the samples: a batch of one large image keeps them all busy.
   const int64_t total = q.samples * q.sample_size;

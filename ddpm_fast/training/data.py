@@ -18,7 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..noise import derive_seed
 from .config import CelebAData, Cifar10Data, DataConfig, DigitsData, FolderData, IdxData
+
+ORDER = 0  # what a run's seed is used for: the order of the images
 
 
 class DataError(ValueError):
@@ -87,16 +90,21 @@ class ShuffledBatches(Sampler[list[int]]):
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    generator = torch.Generator().manual_seed(self.seed + epoch)
+                    generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
                     order = torch.randperm(self.length, generator=generator).tolist()
                 batch.append(order[position % self.length])
             yield batch
 
 
-def batches(data: Dataset, sampler: ShuffledBatches) -> DataLoader:
-    """The batches of a run; files are decoded by other processes."""
+def batches(data: Dataset, sampler: ShuffledBatches) -> Iterator[Tensor]:
+    """The batches of a run, uint8, (N, C, H, W); files are decoded by other processes."""
     workers = min(8, os.cpu_count() or 1) if isinstance(data, ImageFiles) else 0
-    return DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())
+    pinned = torch.cuda.is_available()
+    try:
+        yield from DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pinned)
+    except DataError as error:
+        # From another process it comes with that one's traceback, and the message last.
+        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
 
 
 def open_data(config: DataConfig) -> Dataset:

@@ -15,12 +15,14 @@ from tqdm.auto import tqdm
 
 from ..diffusion import GaussianDiffusion
 from ..info import versions
+from ..noise import derive_seed
 from . import checkpoint
 from .config import ConfigError, RunConfig, TrainingConfig, build_diffusion, check
 from .data import ShuffledBatches, batches, open_data
 from .pictures import save_grid, save_loss
 
 PREVIEW_STEPS = 50  # of DDIM, for the pictures made while training
+STEP = 1  # what a run's seed is used for: all that a step draws but the noise
 LOSS_POINTS = 200  # of the curve in metrics.json
 
 
@@ -89,7 +91,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
     started = time.perf_counter()
     diffusion.train()
     for step, images in enumerate(bar, first_step):
-        torch.manual_seed(config.seed + (step << 32))  # flips, timesteps and dropout follow from the step
+        torch.manual_seed(derive_seed(config.seed, STEP, step))  # flips, timesteps and dropout follow from the step
         images = images.to(device, non_blocking=True)
         if config.data.flip:
             images = _flip_half(images)
