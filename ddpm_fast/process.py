@@ -99,7 +99,7 @@ class DiffusionProcess(nn.Module):
 
     def _at(self, rows: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The columns of rows at t, shaped to broadcast against x."""
-        picked = rows[t].view(len(t), -1, *[1] * (x.ndim - 1))
+        picked = rows[t].view(len(t), rows.shape[1], *[1] * (x.ndim - 1))
         return picked.unbind(1)
 
     def _extract(self, table: Tensor, t: Tensor, x: Tensor) -> Tensor:

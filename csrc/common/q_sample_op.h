@@ -33,14 +33,17 @@ inline bool is_any_of(const Tensor& tensor, std::initializer_list<ScalarType> ty
 
 inline void check_q_sample(const Tensor& x_start, const Tensor& noise, const Tensor& t, const Tensor& rows) {
   const auto device = x_start.device();
-  STD_TORCH_CHECK(is_any_of(x_start, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}) &&
-                      x_start.dim() >= 1 && noise.sizes() == x_start.sizes() &&
-                      noise.scalar_type() == x_start.scalar_type() && t.dim() == 1 && t.size(0) == x_start.size(0) &&
-                      t.scalar_type() == ScalarType::Long && rows.dim() == 2 && rows.size(1) == 2 &&
-                      is_any_of(rows, {ScalarType::Float, ScalarType::Double}) && noise.device() == device &&
-                      t.device() == device && rows.device() == device,
-      "q_sample needs x_start (N, ...) floating, noise of the same shape and dtype, t (N,) int64 and "
-      "rows (T, 2) float32, on one device; got x_start ",
+  const bool data_fit =
+      is_any_of(x_start, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}) &&
+      x_start.dim() >= 1 && noise.sizes() == x_start.sizes() && noise.scalar_type() == x_start.scalar_type() &&
+      noise.device() == device;
+  const bool t_fits = data_fit && t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == x_start.size(0) &&
+      t.device() == device;
+  const bool rows_fit = is_any_of(rows, {ScalarType::Float, ScalarType::Double}) && rows.dim() == 2 &&
+      rows.size(1) == 2 && rows.device() == device;
+  STD_TORCH_CHECK(data_fit && t_fits && rows_fit,
+      "q_sample needs x_start (N, ...) floating, noise of the same shape and dtype, t (N,) int64 and rows (T, 2) "
+      "float32, on one device; got x_start ",
       describe(x_start), ", noise ", describe(noise), ", t ", describe(t), ", rows ", describe(rows));
 }
 

@@ -21,7 +21,7 @@ def _columns(rows: Tensor, index: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """The columns of each sample's row, shaped to broadcast against x: (N, 1, ..., 1), or () for one index."""
     picked = rows[index].to(_accumulator(x))  # (N, columns) or (columns,)
     if index.ndim:
-        picked = picked.view(len(index), -1, *[1] * (x.ndim - 1))
+        picked = picked.view(*picked.shape, *[1] * (x.ndim - 1))
     return picked.unbind(1 if index.ndim else 0)
 
 
