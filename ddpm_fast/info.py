@@ -1,6 +1,6 @@
 """What this installation is made of, and what it can use: `python -m ddpm_fast.info`."""
 
-__all__ = ["backends", "devices", "main", "versions"]
+__all__ = ["backends", "cores", "devices", "main", "versions"]
 
 import os
 import platform
@@ -27,11 +27,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def devices() -> list[str]:
     """The processor, then the accelerators."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability()
-    found = [f"cpu: {cores} cores, {torch.get_num_threads()} threads, {platform.machine()}, {capability}"]
+    found = [f"cpu: {cores()} cores, {torch.get_num_threads()} threads, {platform.machine()}, {capability}"]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)

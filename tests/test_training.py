@@ -214,9 +214,9 @@ def test_the_classifier_knows_digits_from_noise():
 
 @pytest.mark.skipif(not FASHION.exists(), reason="needs Debian's dataset-fashion-mnist")
 def test_fashion_mnist_trains(tmp_path):
-    """The shipped config, shortened: 0.20 is what it must fall below after 60 steps (it begins at 1)."""
+    """The shipped config, shortened: the loss, 1 at first, must be under 0.27 after 40 steps (two seeds: 0.21, 0.23)."""
     values = load("fashion_mnist").model_dump(mode="json")
-    values["training"] |= {"steps": 60, "batch_size": 32, "warmup": 10, "lr": 2e-3}
+    values["training"] |= {"steps": 40, "batch_size": 32, "warmup": 10, "lr": 2e-3}
     run = trainer.train(check(values), tmp_path / "fashion")
     assert run.metrics["history"][0][1] == pytest.approx(1.0, abs=0.1)
-    assert run.metrics["loss"] < 0.20
+    assert run.metrics["loss"] < 0.27

@@ -7,7 +7,6 @@ __all__ = ["DataError", "ImageFiles", "ImageTensor", "ShuffledBatches", "batches
 
 import gzip
 import math
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..info import cores
 from ..noise import derive_seed
 from .config import CelebAData, Cifar10Data, DataConfig, DigitsData, FolderData, IdxData
 
@@ -98,7 +98,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
 def batches(data: Dataset, sampler: ShuffledBatches) -> Iterator[Tensor]:
     """The batches of a run, uint8, (N, C, H, W); files are decoded by other processes."""
-    workers = min(8, os.cpu_count() or 1) if isinstance(data, ImageFiles) else 0
+    workers = min(8, cores()) if isinstance(data, ImageFiles) else 0
     pinned = torch.cuda.is_available()
     try:
         yield from DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pinned)
