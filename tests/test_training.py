@@ -214,7 +214,7 @@ def test_the_classifier_knows_digits_from_noise():
 
 @pytest.mark.skipif(not FASHION.exists(), reason="needs Debian's dataset-fashion-mnist")
 def test_fashion_mnist_trains(tmp_path):
-    """The shipped config, shortened: the loss, 1 at first, must be under 0.27 after 40 steps (two seeds: 0.21, 0.23)."""
+    """The shipped config, shortened: the loss, first 1, must be below 0.27 after 40 steps (seeds 0, 1: 0.21, 0.23)."""
     values = load("fashion_mnist").model_dump(mode="json")
     values["training"] |= {"steps": 40, "batch_size": 32, "warmup": 10, "lr": 2e-3}
     run = trainer.train(check(values), tmp_path / "fashion")
