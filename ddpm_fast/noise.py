@@ -31,6 +31,7 @@ __all__ = [
     "source",
 ]
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -139,9 +140,13 @@ def source(
     if rng == "torch":
         generator = torch.Generator(device or "cpu").manual_seed(seed) if isinstance(seed, int) else seed
         return lambda stream, shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    number = seed if isinstance(seed, int) else draw_seed(seed)
+
+    @functools.cache
+    def number() -> int:  # drawn when noise is, so that a run without any leaves the generator alone
+        return seed if isinstance(seed, int) else draw_seed(seed)
+
     return lambda stream, shape: gaussian(
-        shape, seed=number, stream=stream, sample_offset=sample_offset, device=device, dtype=dtype
+        shape, seed=number(), stream=stream, sample_offset=sample_offset, device=device, dtype=dtype
     )
 
 

@@ -56,7 +56,7 @@ def test_estimate_tells_time_and_memory(tmp_path, capsys):
     (tmp_path / "mine.json").write_text(json.dumps(changed()))
     cli.main(["estimate", str(tmp_path / "mine.json")])
     out = capsys.readouterr().out
-    for name in ("network", "device", "step", "run", "memory"):
+    for name in ("network", "device", "step", "run", "memory", "peak"):
         assert f"\n{name} " in f"\n{out}"
     assert "s for 4 images" in out
 

@@ -200,6 +200,14 @@ def test_seeds_generators_and_the_default_generator():
         assert torch.equal(b, diffusion.sample(2))
 
 
+def test_given_noise_leaves_the_generator_alone():
+    diffusion, x = make().eval(), images(3)
+    before = torch.get_rng_state()
+    diffusion(x, torch.randn(x.shape, generator=torch.Generator()), times=torch.arange(3))
+    diffusion.sample(3, sampler="ddim", noise=torch.zeros(3, 2, 4, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_sampling_switches_dropout_off_and_back_on():
     diffusion = make()
     diffusion.model.mix.eval()

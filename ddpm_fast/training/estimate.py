@@ -2,7 +2,9 @@
 
 __all__ = ["estimate"]
 
+import resource
 import statistics
+import sys
 import time
 
 import torch
@@ -19,7 +21,8 @@ def estimate(config: RunConfig) -> str:
     """Times real training steps on random images of the config's size.
 
     A batch that would take too long here is measured with fewer images: the time then scales with the batch.
-    Memory is counted, not sampled: weights, gradient, two moments and average, and what autograd keeps an image.
+    Memory is counted: weights, gradient, two moments and average, and what autograd keeps an image. The peak of
+    the steps, which also holds what lives for one operation, is told beside it.
 
     Returns:
         Some lines to print.
@@ -57,7 +60,8 @@ def estimate(config: RunConfig) -> str:
         "device": device,
         "step": f"{seconds:.3g} s for {batch} images{scaled}",
         "run": f"{_duration(seconds * config.training.steps)} for {config.training.steps:,} steps",
-        "memory": f"{memory / 2**30:.2f} GiB: {weights}, and {kept / 2**20:.1f} MiB an image",
+        "memory": f"at least {memory / 2**30:.2f} GiB: {weights}, and {kept / 2**20:.1f} MiB an image",
+        "peak": f"{_peak_bytes(device) / 2**30:.2f} GiB reached here, with {n} images",
     }
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
 
@@ -77,6 +81,14 @@ def _bytes_for_backward(diffusion: torch.nn.Module, images: torch.Tensor) -> int
         loss = diffusion(images)  # which keeps what was saved alive, so that no address is used twice
     del loss
     return sum(storages.values())
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """The most that this process has held: on the CPU, PyTorch itself included."""
+    if device.type == "cpu":
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kilobytes * (1 if sys.platform == "darwin" else 1024)
+    return torch.accelerator.max_memory_allocated(device)
 
 
 def _duration(seconds: float) -> str:
