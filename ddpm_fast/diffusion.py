@@ -7,6 +7,7 @@ predicts, the weighted error is the loss. Through sampling: x_T is drawn, then n
 
 __all__ = ["GaussianDiffusion", "ModelPrediction", "SampleState"]
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -388,9 +389,12 @@ class GaussianDiffusion(DiffusionProcess):
         elif noise.shape != torch.Size(shape):
             raise ValueError(f"noise is x_T and must have the shape {tuple(shape)}; got {tuple(noise.shape)}")
         names = [*table.t.tolist(), -1]
-        for step, x, x_start in self._reverse(noise.to(self.betas), table, draw, progress=progress):
-            x0 = None if x_start is None else self.unnormalize(x_start)
-            yield SampleState(step, names[step], self.unnormalize(x), x0)
+
+        def state(step: int, x: Tensor, x_start: Tensor | None) -> SampleState:
+            x_start = None if x_start is None else self.unnormalize(x_start)
+            return SampleState(step, names[step], self.unnormalize(x), x_start)
+
+        return itertools.starmap(state, self._reverse(noise.to(self.betas), table, draw, progress=progress))
 
     def _finish(self, states: Iterator[SampleState], return_all_timesteps: bool) -> Tensor:
         if return_all_timesteps:
@@ -449,9 +453,8 @@ class GaussianDiffusion(DiffusionProcess):
         """
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        for state in self._run((batch_size, self.channels, *self.image_size), **run):
-            if state.step % every == 0 or state.t == -1:
-                yield state
+        states = self._run((batch_size, self.channels, *self.image_size), **run)
+        return (state for state in states if state.step % every == 0 or state.t == -1)
 
     def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
         """Ancestral sampling of a (N, C, ...) shape over all T steps, or as the arguments of `sample` say."""

@@ -159,7 +159,9 @@ def test_progressive_sampling_yields_every_kth_state():
     assert states[0].x_start is None
     torch.testing.assert_close(states[-1].x_start, states[-1].x)
     with pytest.raises(ValueError, match="every"):
-        next(diffusion.sample_progressive(3, every=0))
+        diffusion.sample_progressive(3, every=0)  # at once, not at the first state
+    with pytest.raises(ValueError, match="unknown sampler 'plms'; there are ddpm, ddim"):
+        diffusion.sample_progressive(3, sampler="plms")
 
 
 def test_strided_and_chosen_timesteps():
