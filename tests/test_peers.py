@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from diffusers_weights import to_ddpm_fast
+from PIL import Image
 from torch import nn
 
 from ddpm_fast import GaussianDiffusion, UNet
@@ -177,3 +178,23 @@ def test_ddim_steps_are_those_of_diffusers(diffusers, eta):
             ).prev_sample
     sampled = ours.sample(2, sampler="ddim", steps=20, eta=eta, seed=torch.Generator().manual_seed(3), noise=x)
     torch.testing.assert_close(sampled, (theirs + 1) / 2, rtol=0, atol=2e-3)
+
+
+def test_their_trainer_and_unet_take_the_class(lucidrains, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(100):
+        Image.new("RGB", (20, 20), (i, 2 * i, 50)).save(tmp_path / "images" / f"{i}.png")
+    model = lucidrains.Unet(dim=16, dim_mults=(1, 2))
+    diffusion = GaussianDiffusion(model, image_size=16, timesteps=50, sampling_timesteps=4)
+    trainer = lucidrains.Trainer(
+        diffusion,
+        tmp_path / "images",
+        train_num_steps=2,
+        save_and_sample_every=1,
+        num_samples=4,
+        calculate_fid=False,
+        results_folder=tmp_path / "results",
+    )
+    trainer.train()
+    trainer.load(2)
+    assert (tmp_path / "results" / "sample-2.png").exists()
