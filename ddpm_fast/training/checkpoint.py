@@ -49,9 +49,6 @@ def save(
     (temporary / "state.json").write_text(json.dumps({"step": step} | state, indent=2))
     for path in [*temporary.iterdir(), temporary]:
         _flush(path)
-
-    if target.exists():  # a run that was resumed from an older one
-        shutil.rmtree(target)
     temporary.rename(target)
     _flush(target.parent)
     for old in _steps(run)[:-KEEP]:
