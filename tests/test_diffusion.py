@@ -1,11 +1,13 @@
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from ddpm_fast import GaussianDiffusion, noise
-from ddpm_fast.parameterization import OBJECTIVES
+from ddpm_fast.parameterization import OBJECTIVES, loss_weight
 from ddpm_fast.schedules import NoiseSchedule
 
 
@@ -164,6 +166,31 @@ def test_progressive_sampling_yields_every_kth_state():
         diffusion.sample_progressive(3, sampler="plms")
 
 
+def test_multistep_tables_are_given_the_guess_before(monkeypatch):
+    """C x0_prev: no sampler of one step uses it, but a table may."""
+    diffusion = make().eval()
+    table = diffusion.step_table("ddim", 6)
+    table = dataclasses.replace(table, C=torch.linspace(-0.3, 0.4, 6, dtype=torch.float64) * (torch.arange(6) > 0))
+    monkeypatch.setattr(diffusion, "step_table", lambda *_: table)
+    x, x_start = noise.gaussian((3, 2, 4, 6), seed=4), None
+    for k in range(6):
+        guess = diffusion.model_predictions(x, table.t[k].expand(3), clip_x_start=True).pred_x_start
+        next_x = table.A[k].float() * x + table.B[k].float() * guess
+        if x_start is not None:
+            next_x = next_x + table.C[k].float() * x_start
+        x, x_start = next_x, guess
+    torch.testing.assert_close(diffusion.sample(3, seed=4), (x + 1) / 2, rtol=0, atol=1e-5)
+
+
+def test_torch_noise_is_drawn_for_every_step_but_the_last():
+    """Even where sigma is 0: whoever draws after a run finds the generator where other packages leave it."""
+    ours, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    make(rng="torch").sample(3, sampler="ddim", steps=5, eta=0.0, seed=ours)
+    for _ in range(5):
+        torch.randn(3, 2, 4, 6, generator=theirs)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
 def test_strided_and_chosen_timesteps():
     diffusion = make(sampling_timesteps=5)
     assert diffusion.is_ddim_sampling
@@ -172,7 +199,64 @@ def test_strided_and_chosen_timesteps():
     a = diffusion.ddim_sample((3, 2, 4, 6), seed=8)
     torch.testing.assert_close(a, diffusion.sample(3, sampler="ddim", steps=5, eta=0.0, seed=8))
     assert not torch.allclose(a, diffusion.sample(3, sampler="ddpm", steps=5, seed=8))
+    whole = diffusion.sample(3, sampler="ddpm", steps=20, seed=8)
+    torch.testing.assert_close(diffusion.p_sample_loop((3, 2, 4, 6), seed=8), whole)
     assert len(diffusion.step_table("ddpm", steps=20)) == 20
+
+
+def test_predictions_follow_the_clipped_x0_hat_where_asked():
+    diffusion = make(objective="pred_noise").eval()
+    x, t = 3 * noise.gaussian((4, 2, 4, 6), seed=1), torch.tensor([19, 12, 5, 1])
+    raw = diffusion.model_predictions(x, t)
+    assert torch.equal(raw.pred_noise, diffusion.model(x, t))
+    torch.testing.assert_close(raw.pred_x_start, diffusion.predict_start_from_noise(x, t, raw.pred_noise))
+    clipped = diffusion.model_predictions(x, t, clip_x_start=True)
+    assert torch.equal(clipped.pred_x_start, raw.pred_x_start.clamp(-1, 1))
+    assert torch.equal(clipped.pred_noise, raw.pred_noise)
+    derived = diffusion.model_predictions(x, t, clip_x_start=True, rederive_pred_noise=True)
+    expected = diffusion.predict_noise_from_start(x, t, clipped.pred_x_start)
+    torch.testing.assert_close(derived.pred_noise, expected)
+    assert not torch.allclose(derived.pred_noise, raw.pred_noise)
+
+
+def test_clipping_may_be_said_for_one_call():
+    diffusion = make(objective="pred_noise").eval()
+    x, t = 3 * noise.gaussian((4, 2, 4, 6), seed=1), torch.tensor([19, 12, 5, 0])
+    raw = diffusion.model_predictions(x, t).pred_x_start
+    for bounds, expected in {None: raw.clamp(-1, 1), False: raw, (-0.5, 0.2): raw.clamp(-0.5, 0.2)}.items():
+        mean, _, log_var, x_start = diffusion.p_mean_variance(x, t, clip_denoised=bounds)
+        torch.testing.assert_close(x_start, expected)
+        torch.testing.assert_close(mean, diffusion.q_posterior(expected, x, t)[0])
+        assert log_var.flatten()[3].item() == pytest.approx(math.log(1e-20))
+
+
+def test_offset_noise_is_one_number_a_channel_from_its_own_stream():
+    diffusion = make(offset_noise_strength=0.3).eval()
+    x, t = images(), torch.arange(5)
+    eps = noise.gaussian(x.shape, seed=3)
+    offset = noise.gaussian(x.shape[:2], seed=3, stream=noise.OFFSET)[:, :, None, None]
+    torch.testing.assert_close(diffusion(x, times=t, seed=3), diffusion(x, eps + 0.3 * offset, 0.0, times=t))
+    assert min(noise.OFFSET, noise.SECOND_IMAGE) > 10**6  # no step of any run
+
+
+def test_images_reach_the_network_channels_last():
+    diffusion = make()
+    seen = []
+    diffusion.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    diffusion(images().contiguous())
+    diffusion.sample(2, steps=2)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+
+
+def test_weights_use_the_arguments_given():
+    schedule = make().schedule
+    for objective in OBJECTIVES:
+        given = {"loss_weight": "min_snr", "min_snr_gamma": 2.0}, {"min_snr_loss_weight": True, "min_snr_gamma": 2.0}
+        expected = loss_weight(schedule, objective, "snr") * (2.0 / schedule.snr).clamp(max=1)
+        for arguments in given:
+            torch.testing.assert_close(make(objective=objective, **arguments).loss_weight, expected.float())
+        vlb = make(objective=objective, variance="beta", loss_weight="vlb").loss_weight
+        torch.testing.assert_close(vlb, loss_weight(schedule, objective, "vlb", variance_kind="beta").float())
 
 
 def test_noise_may_be_given_and_is_not_changed():
@@ -276,6 +360,9 @@ def test_buffers_are_those_of_the_class_it_replaces():
     assert set(state) == {*names, "model.mix.weight", "model.mix.bias"}
     assert all(state[name].dtype == torch.float32 and state[name].shape == (20,) for name in names)
     copy.deepcopy(diffusion).load_state_dict(state)
+    nearly = make(beta_schedule="cosine", schedule_fn_kwargs={"s": 0.0085})
+    with pytest.raises(RuntimeError, match="`betas` is of another schedule"):
+        nearly.load_state_dict(state)
     with pytest.raises(RuntimeError, match="`betas` is of another schedule"):
         make(beta_schedule="sigmoid").load_state_dict(state)
     with pytest.raises(RuntimeError, match="`loss_weight` is of another schedule, objective"):
@@ -321,6 +408,11 @@ def test_self_conditioning_gives_the_network_its_last_guess():
     assert given[0] is None
     for guess, state in zip(given[1:], states[1:], strict=False):
         torch.testing.assert_close((guess + 1) / 2, state.x_start)
+    given.clear()
+    diffusion(images(2, (4, 4)))
+    while given[-1] is None:
+        diffusion(images(2, (4, 4)))
+    assert not given[-1].requires_grad
     given.clear()
     for _ in range(20):
         diffusion(images(2, (4, 4)))
@@ -386,6 +478,8 @@ def test_a_model_without_channels_needs_them_told():
     [
         (torch.rand(2, 2, 4, 6) * 255, r"lie in \[0, 1\]; these reach from .* Divide by 255"),
         (torch.rand(2, 2, 4, 6) * 2 - 1, r"Map \[-1, 1\] to \[0, 1\], or set auto_normalize=False"),
+        (torch.full((2, 2, 4, 6), 1.01), r"reach from 1.01 to 1.01"),
+        (torch.full((2, 2, 4, 6), -0.01), r"reach from -0.01 to -0.01"),
         (torch.rand(2, 2, 4, 6).index_fill(0, torch.tensor([1]), torch.nan), "hold NaN"),
         (torch.rand(2, 3, 4, 6), r"shape \(N, 2, 4, 6\), channels first; got \(2, 3, 4, 6\)"),
         (torch.rand(2, 4, 6, 2), r"got \(2, 4, 6, 2\)"),
@@ -403,8 +497,9 @@ def test_images_that_cannot_be_are_refused(batch, message):
 def test_data_in_any_range_is_taken_without_normalisation():
     diffusion = make(auto_normalize=False, clip_denoised=False)
     diffusion(torch.randn(2, 2, 4, 6) * 30)
-    with pytest.raises(ValueError, match="NaN or inf"):
-        diffusion(torch.full((2, 2, 4, 6), torch.inf))
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="NaN or inf"):
+            diffusion(torch.rand(2, 2, 4, 6).index_fill(0, torch.tensor([1]), bad))
     with pytest.raises(ValueError, match="uint8 images need auto_normalize"):
         diffusion(torch.zeros(2, 2, 4, 6, dtype=torch.uint8))
 

@@ -105,6 +105,8 @@ def test_bad_arguments_are_refused(arguments):
 def test_derived_seeds_differ_in_the_bits_that_the_cpus_generator_takes():
     seeds = [noise.derive_seed(0, purpose, step) % 2**32 for purpose in range(2) for step in range(100)]
     assert len(set(seeds)) == 200
+    assert max(seeds) > 2**31
+    assert max(noise.draw_seed() for _ in range(20)) > 2**60
     draws = {torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in seeds}
     assert len(draws) == 200
 

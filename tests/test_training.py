@@ -10,7 +10,8 @@ from test_config import changed
 from test_data import FASHION
 
 from ddpm_fast.training import checkpoint, data, demo, trainer
-from ddpm_fast.training.config import ConfigError, check, load
+from ddpm_fast.training.config import ConfigError, build_diffusion, check, load
+from ddpm_fast.training.pictures import save_grid, to_uint8
 from ddpm_fast.training.sampling import write_samples
 
 
@@ -81,15 +82,71 @@ def test_each_step_draws_its_own_timesteps_images_and_noise(tmp_path, monkeypatc
     assert t.mean().item() == pytest.approx(499.5, abs=5 * 288.7 / len(t) ** 0.5)
 
 
+def fresh(config):
+    torch.manual_seed(config.seed)
+    return build_diffusion(config).model.state_dict()
+
+
+def test_the_learning_rate_and_the_clipping_reach_the_weights(tmp_path):
+    """Adam's first step is the learning rate in size, unless the gradient is far below its epsilon, 1e-8."""
+    config = small(training__steps=1, training__warmup=10, training__lr=0.01)
+    trainer.train(config, tmp_path / "run")
+    moved = weights(tmp_path / "run", "model")["conv_out.weight"] - fresh(config)["conv_out.weight"]
+    assert moved.abs().max().item() == pytest.approx(0.001, rel=1e-3)
+    config = small(training__steps=1, training__warmup=10, training__lr=0.01, training__grad_clip=1e-13)
+    trainer.train(config, tmp_path / "clipped")
+    moved = weights(tmp_path / "clipped", "model")["conv_out.weight"] - fresh(config)["conv_out.weight"]
+    assert moved.abs().max() < 1e-6
+
+
+def test_the_average_is_the_one_configured(tmp_path):
+    config = small(training__steps=2, training__save_every=1, training__ema_decay=0.9)
+    trainer.train(config, tmp_path / "run")
+    first, second = (tmp_path / "run" / "checkpoints" / f"step-0000000{i}" for i in (1, 2))
+    load_weights = checkpoint.load_weights
+    for name, average in load_weights(second, "ema").items():
+        expected = 0.9 * load_weights(first, "model")[name] + 0.1 * load_weights(second, "model")[name]
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_about_half_of_the_images_are_mirrored_where_asked(tmp_path, monkeypatch, flip):
+    config = small(data__flip=flip, training__batch_size=20)
+    seen, forward = [], trainer.GaussianDiffusion.forward
+    monkeypatch.setattr(
+        trainer.GaussianDiffusion, "forward", lambda self, x, **kw: (seen.append(x), forward(self, x, **kw))[1]
+    )
+    trainer.train(config, tmp_path / "run")
+    digits = data.open_data(config.data)
+    order = data.ShuffledBatches(len(digits), 20, seed=0, first_step=0, last_step=12)
+    originals, shown = torch.cat([digits[batch] for batch in order]), torch.cat(seen)
+    same, mirrored = ((shown == x).flatten(1).all(1) for x in (originals, originals.flip(-1)))
+    assert (same | mirrored).all()
+    assert same.float().mean().item() == pytest.approx(0.5 if flip else 1.0, abs=0.16 if flip else 0)  # 5 deviations
+
+
+def test_pictures_show_the_samples_and_eleven_states(finished, tmp_path):
+    samples = finished.diffusion.sample(9, seed=0)
+    save_grid(samples, tmp_path / "samples.png")
+    states = finished.diffusion.sample(8, seed=0, return_all_timesteps=True)[:, ::3]
+    save_grid(states.flatten(0, 1), tmp_path / "denoising.png", columns=11)
+    for name in ("samples.png", "denoising.png"):
+        assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes()
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.getpixel((9, 9)) == to_uint8(samples)[0, 0, 0, 0]  # six times as large, after a gap of one
+
+
 @pytest.mark.parametrize("stop", [4, 8])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(finished, tmp_path, stop):
     folder = tmp_path / "run"
     trainer.train(small(training__steps=stop), folder)
-    assert checkpoint.load_state(checkpoint.latest(folder))["step"] == stop
+    before = checkpoint.load_state(checkpoint.latest(folder))
+    assert before["step"] == stop
     run = trainer.train(small(), folder, resume=True)
     for name in ("model", "ema"):
         expected, found = weights(finished.folder, name), weights(folder, name)
         assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert run.metrics["seconds"] > before["seconds"]
     assert [loss for _, loss in run.metrics["history"]] == [loss for _, loss in finished.metrics["history"]]
 
 

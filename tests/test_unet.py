@@ -110,6 +110,36 @@ def test_fresh_networks_predict_zero_and_have_gradients_everywhere_after_a_step(
         assert p.grad.abs().max() > 0, name
 
 
+def test_initial_weights_are_the_papers():
+    """Xavier-uniform, each projection of t and each of q, k, v being its own layer; zero where a branch ends."""
+    model = UNet(image_size=16, dim=64, dim_mults=(1, 2), attention_resolutions=(8,))
+    layers = [
+        (m.weight, m.weight[0].numel() + m.weight[:, 0].numel()) for m in (model.conv_in, model.up[0].blocks[0].conv1)
+    ]
+    layers += [(w, w.shape[0] + w.shape[1]) for w in model.time_projection.weight.split(model.blocks_out)]
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            assert not module.conv2.weight.any()
+        if isinstance(module, Attention):
+            assert not module.out.weight.any()
+            layers += [(w, 2 * w.shape[1]) for w in module.qkv.weight.chunk(3)]
+        if isinstance(module, nn.GroupNorm):
+            assert module.eps == 1e-6
+    for weight, fans in layers:
+        bound = (6 / fans) ** 0.5
+        assert 0.97 * bound < weight.abs().max() <= bound
+
+
+def test_timesteps_are_embedded_in_float32_whatever_the_weights():
+    """bfloat16 holds no odd number above 256."""
+    model, seen = small(), []
+    model.time_embedding.linear_1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([997, 999])
+    model(x, t)
+    model.bfloat16()(x, t)
+    assert torch.equal(seen[0].bfloat16(), seen[1])
+
+
 def test_attention_is_softmax_attention_of_each_head():
     attention = randomise(Attention(32, heads=4, groups=8, eps=1e-6))
     x = torch.randn(2, 32, 3, 5).contiguous(memory_format=torch.channels_last)
