@@ -1,8 +1,10 @@
 """Errors at the door: what was given, and what is needed."""
 
-__all__ = ["images", "require", "timesteps"]
+__all__ = ["floating", "images", "require", "timesteps", "whole"]
 
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +19,27 @@ def require(ok: Tensor, message: Callable[[], str]) -> None:
     On a GPU, where reading it would make the host wait, and in a compiled graph, it is a device-side assertion.
     """
     if ok.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(ok, "a check of ddpm_fast's input failed; run on the CPU to see which")
+        torch._assert_async(ok, "a check of ddpm_fast's input failed; run uncompiled, on the CPU, to see which")
     elif not ok:
         raise ValueError(message())
+
+
+def whole(name: str, value: Any, low: int, limit: int | None = None) -> int:
+    """The value as an int, NumPy's included: at least `low` and below `limit`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < low or (limit is not None and number >= limit):
+        bounds = f"of at least {low}" if limit is None else f"in [{low}, {limit})"
+        raise ValueError(f"{name} must be a whole number {bounds}, got {value!r}")
+    return number
+
+
+def floating(name: str, x: Tensor) -> None:
+    """Checks that x is floating, as all but the images of `forward` must be."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating, in the range of the network, [-1, 1]; got {x.dtype}")
 
 
 def images(img: Tensor, shape: tuple[int, ...], *, unit_range: bool) -> None:

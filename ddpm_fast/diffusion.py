@@ -109,6 +109,8 @@ class GaussianDiffusion(DiffusionProcess):
             schedule = beta_schedule
         else:
             schedule = NoiseSchedule(beta_schedule, name="beta_schedule")
+        if min_snr_loss_weight and loss_weight not in ("snr", "min_snr"):
+            raise ValueError(f"min_snr_loss_weight=True is loss_weight='min_snr'; got loss_weight={loss_weight!r} too")
         weight = make_loss_weight(
             schedule,
             objective,
@@ -122,11 +124,12 @@ class GaussianDiffusion(DiffusionProcess):
         self.channels = getattr(model, "channels", None) if channels is None else channels
         if self.channels is None:
             raise ValueError("the model has no attribute `channels`; pass channels= to GaussianDiffusion")
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.channels = checks.whole("channels", self.channels, 1)
+        sizes = (image_size, image_size) if hasattr(image_size, "__index__") else tuple(image_size)
+        self.image_size = tuple(checks.whole("image_size", size, 1) for size in sizes)
         self.self_condition = getattr(model, "self_condition", False)
 
         self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
-        samplers.strided_timesteps(self.num_timesteps, self.sampling_timesteps)  # raises where it cannot be
         self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
         if loss_type not in ops.LOSS_TYPES:
             raise ValueError(f"unknown loss_type {loss_type!r}; there are {', '.join(ops.LOSS_TYPES)}")
@@ -136,6 +139,7 @@ class GaussianDiffusion(DiffusionProcess):
         self.clip_denoised = clip_denoised
         self.loss_type = loss_type
         self.ddim_sampling_eta = ddim_sampling_eta
+        samplers.ddim(schedule, objective, self.sampling_timesteps, eta=ddim_sampling_eta)  # raises what cannot be
         self.auto_normalize = auto_normalize
         self.offset_noise_strength = offset_noise_strength
         self.immiscible = immiscible
@@ -229,6 +233,7 @@ class GaussianDiffusion(DiffusionProcess):
             t: (N,), int64, in [0, T).
             noise: eps, the shape of x_start; drawn as stream 0 of `seed` if None.
         """
+        checks.floating("x_start", x_start)
         checks.timesteps(t, len(x_start), self.num_timesteps)
         if noise is None:
             noise = self._source(x_start, seed, sample_offset)(0, x_start.shape)
@@ -261,6 +266,7 @@ class GaussianDiffusion(DiffusionProcess):
         """
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be mean or none, got {loss_reduction!r}")
+        checks.floating("x_start", x_start)
         draw = self._source(x_start, seed, sample_offset)
         if noise is None:
             noise = draw(0, x_start.shape)
@@ -328,9 +334,11 @@ class GaussianDiffusion(DiffusionProcess):
         """The coefficients of a sampling run; the arguments of `sample`."""
         steps = self.sampling_timesteps if steps is None else steps
         if sampler is None:
-            taken = steps if isinstance(steps, int) else len(steps)
+            taken = len(samplers.strided_timesteps(self.num_timesteps, steps))
             sampler = "ddim" if taken < self.num_timesteps else "ddpm"
         if sampler == "ddpm":
+            if eta:
+                raise ValueError(f"eta is of sampler='ddim', this run takes 'ddpm'; got eta={eta}")
             return samplers.ancestral(self.schedule, self.objective, steps, variance=self.variance)
         if sampler == "ddim":
             eta = self.ddim_sampling_eta if eta is None else eta
@@ -352,20 +360,20 @@ class GaussianDiffusion(DiffusionProcess):
             noisy = [True] * (len(table) - 1) + [False]
         bounds = _bounds(self.clip_denoised)
         x_start = None
-        with _evaluating(self.model):
-            yield taken, x, x_start
-            for k in tqdm(range(taken, len(table)), "sampling", disable=not progress, unit="step"):
+        yield taken, x, x_start
+        for k in tqdm(range(taken, len(table)), "sampling", disable=not progress, unit="step"):
+            with _evaluating(self.model):  # each time: between two states, others may use the model
                 pred = self._model_output(x, timesteps[k].expand(len(x)), x_start)
-                x, x_start = ops.reverse_step(
-                    x,
-                    pred,
-                    steps[k],
-                    rows,
-                    noise=draw(k + 1, x.shape) if noisy[k] else None,
-                    x_start_prev=x_start if multistep else None,
-                    clip=bounds,
-                )
-                yield k + 1, x, x_start
+            x, x_start = ops.reverse_step(
+                x,
+                pred,
+                steps[k],
+                rows,
+                noise=draw(k + 1, x.shape) if noisy[k] else None,
+                x_start_prev=x_start if multistep else None,
+                clip=bounds,
+            )
+            yield k + 1, x, x_start
 
     def _run(
         self,
@@ -380,8 +388,7 @@ class GaussianDiffusion(DiffusionProcess):
         progress: bool = False,
     ) -> Iterator[SampleState]:
         """A sampling run of given shape, state by state, in the range of `sample`."""
-        if min(shape) < 1:
-            raise ValueError(f"batch_size and all sizes must be at least 1; got the shape {tuple(shape)}")
+        shape = tuple(checks.whole("batch_size and every size", size, 1) for size in shape)
         table = self.step_table(sampler, steps, eta)
         draw = self._source(self.betas, seed, sample_offset)
         if noise is None:
@@ -486,8 +493,7 @@ class GaussianDiffusion(DiffusionProcess):
         Returns:
             (x_{t-1}, clipped x0_hat).
         """
-        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.num_timesteps:
-            raise ValueError(f"t must be a whole number in [0, {self.num_timesteps}), got {t!r}")
+        t = checks.whole("t", t, 0, self.num_timesteps)
         k = self.num_timesteps - 1 - t
         if noise is None and t > 0:
             noise = self._source(x, seed, sample_offset)(k + 1, x.shape)
@@ -521,11 +527,10 @@ class GaussianDiffusion(DiffusionProcess):
         Returns:
             The shape of x1, in [-1, 1].
         """
-        t = self.num_timesteps - 1 if t is None else t
+        t = checks.whole("t", self.num_timesteps - 1 if t is None else t, 0, self.num_timesteps)
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have one shape; got {tuple(x1.shape)} and {tuple(x2.shape)}")
-        if not 0 <= t < self.num_timesteps:
-            raise ValueError(f"t must lie in [0, {self.num_timesteps}), got {t}")
+        checks.floating("x1", x1)
         draw = self._source(x1, seed, sample_offset)
         times = torch.full((len(x1),), t, device=x1.device)
         x1_t = self.q_sample(x1, times, draw(0, x1.shape))

@@ -27,14 +27,14 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int, time_dim: int) -> None:
         super().__init__()
-        half = dim // 2
-        # Computed when called, in float32: a buffer would follow the model into half precision.
-        self.exponents = [-math.log(10000) * i / max(half - 1, 1) for i in range(half)]
+        self.half = dim // 2
         self.linear_1 = nn.Linear(dim, time_dim)
         self.linear_2 = nn.Linear(time_dim, time_dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        frequencies = torch.tensor(self.exponents, device=t.device).exp()
+        # In float32, made here: a buffer would follow the model into half precision.
+        step = -math.log(10000) / max(self.half - 1, 1)
+        frequencies = (torch.arange(self.half, device=t.device) * step).exp()
         angles = t.float()[:, None] * frequencies  # (N, dim / 2)
         embedding = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(embedding)))  # (N, time_dim)

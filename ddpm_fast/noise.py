@@ -31,12 +31,13 @@ __all__ = [
     "source",
 ]
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from .checks import whole
 
 # Streams of other uses than the steps of a sampling run, which are fewer.
 OFFSET = 1 << 32  # offset noise in training
@@ -47,8 +48,7 @@ _LOW = 0xFFFFFFFF
 
 def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
     """The key (seed, offset 0), shape (2,), int64 (the bits of uint64, for which PyTorch has no arithmetic)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"seed must be a whole number in [-2^63, 2^64), got {seed!r}")
+    seed = whole("seed", seed, -(1 << 63), 1 << 64)
     return torch.tensor([_as_int64(seed), 0], dtype=torch.int64, device=device)
 
 
@@ -109,9 +109,8 @@ def gaussian(
     shape = tuple(shape)
     if not shape or any(size < 0 for size in shape):
         raise ValueError(f"shape must be (N, ...) with sizes of at least 0, got {shape}")
-    for name, value in (("stream", stream), ("sample_offset", sample_offset)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-            raise ValueError(f"{name} must be a whole number in [0, 2^63), got {value!r}")
+    stream = whole("stream", stream, 0, 1 << 63)
+    sample_offset = whole("sample_offset", sample_offset, 0, 1 << 63)
     n, *rest = shape
     samples = sample_offset + torch.arange(n, device=device)
     keys = fold_in(fold_in(key(seed, device=device), samples), stream)  # (N, 2)
@@ -138,16 +137,19 @@ def source(
         seed: a number, or a generator (philox: one seed is drawn from it); None for PyTorch's default generator.
     """
     if rng == "torch":
-        generator = torch.Generator(device or "cpu").manual_seed(seed) if isinstance(seed, int) else seed
+        generator = seed
+        if seed is not None and not isinstance(seed, torch.Generator):
+            generator = torch.Generator(device or "cpu").manual_seed(whole("seed", seed, -(1 << 63), 1 << 64))
         return lambda stream, shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    number = None if seed is None or isinstance(seed, torch.Generator) else seed
 
-    @functools.cache
-    def number() -> int:  # drawn when noise is, so that a run without any leaves the generator alone
-        return seed if isinstance(seed, int) else draw_seed(seed)
+    def draw(stream: int, shape: Sequence[int]) -> Tensor:
+        nonlocal number
+        if number is None:  # not before noise is drawn: a run without any leaves the generator alone
+            number = draw_seed(seed)
+        return gaussian(shape, seed=number, stream=stream, sample_offset=sample_offset, device=device, dtype=dtype)
 
-    return lambda stream, shape: gaussian(
-        shape, seed=number(), stream=stream, sample_offset=sample_offset, device=device, dtype=dtype
-    )
+    return draw
 
 
 def channels_last_format(ndim: int) -> torch.memory_format | None:

@@ -108,6 +108,8 @@ def loss_weight(
     if kind == "snr":
         return schedule.snr * w**2
     if kind == "min_snr":
+        if not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be above 0, got {min_snr_gamma}")
         return schedule.snr.clamp(max=min_snr_gamma) * w**2
     if kind == "vlb":
         sigma2 = variance(schedule, variance_kind).clone()

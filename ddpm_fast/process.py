@@ -35,6 +35,11 @@ class DiffusionProcess(nn.Module):
         self.variance = variance
         self.num_timesteps = len(schedule)
         self._tables, self._rows = self._make_tables(loss_weight)
+        if not all(table.float().isfinite().all() for table in (self._tables | self._rows).values()):
+            raise ValueError(
+                f"float32 cannot hold the tables of this schedule: its {self.num_timesteps} timesteps leave "
+                f"abar_T = {schedule.alphas_cumprod[-1]:.3g} of the signal; take fewer timesteps or smaller betas"
+            )
         device = torch.get_default_device()
         for name, table in self._tables.items():
             self.register_buffer(name, table.to(device, torch.float32))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .checks import whole
 from .parameterization import VARIANCES, x_start_rows
 from .schedules import NoiseSchedule
 
@@ -54,9 +55,8 @@ def strided_timesteps(timesteps: int, steps: int | Sequence[int]) -> Tensor:
     Raises:
         ValueError: more steps than timesteps, or timesteps outside [0, T) or given twice.
     """
-    if isinstance(steps, int) and not isinstance(steps, bool):
-        if not 1 <= steps <= timesteps:
-            raise ValueError(f"steps must lie in [1, {timesteps}], the schedule's timesteps; got {steps}")
+    if hasattr(steps, "__index__") and not isinstance(steps, Tensor):
+        steps = whole("steps", steps, 1, timesteps + 1)
         return torch.linspace(-1, timesteps - 1, steps + 1, device="cpu").long()[1:].flip(0)
     chosen = torch.as_tensor(steps, device="cpu")
     if chosen.ndim != 1 or not len(chosen) or chosen.is_floating_point() or chosen.dtype == torch.bool:

@@ -19,6 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .checks import whole
+
 MAX_BETA = 0.999  # Nichol & Dhariwal (2021), sec. 3.2: keeps abar_T above 0
 
 
@@ -181,8 +183,7 @@ def make(name: str, timesteps: int, **kwargs: float) -> NoiseSchedule:
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown beta_schedule {name!r}; there are {', '.join(SCHEDULES)}")
-    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
-        raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
+    timesteps = whole("timesteps", timesteps, 1)
     allowed = list(inspect.signature(SCHEDULES[name]).parameters)[1:]
     for key in kwargs:
         if key not in allowed:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from .checks import whole
 from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,10 @@ class UNet(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        sizes = {"image_size": image_size, "channels": channels, "dim": dim, "num_res_blocks": num_res_blocks}
+        sizes |= {"num_heads": num_heads, "norm_groups": norm_groups}
+        for name, value in [*sizes.items(), *(("dim_mults", mult) for mult in dim_mults)]:
+            whole(name, value, 1)
         self.image_size = image_size
         self.channels = channels
         self.factor = 2 ** (len(dim_mults) - 1)

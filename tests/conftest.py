@@ -6,6 +6,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh memory is NaN, so that nothing passes by reading what nobody wrote."""
     torch.use_deterministic_algorithms(True, warn_only=True)

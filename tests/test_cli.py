@@ -48,7 +48,7 @@ def test_steps_that_cannot_be_are_told_without_a_traceback(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text(json.dumps(changed(diffusion__timesteps=25, training__steps=1)))
     cli.main(["train", "mine.json"])
-    assert "steps must lie in [1, 25]" in fails(capsys, "sample", "runs/mine", "--steps", "26")
+    assert "steps must be a whole number in [1, 26)" in fails(capsys, "sample", "runs/mine", "--steps", "26")
     assert "at least 1, got 0" in fails(capsys, "sample", "runs/mine", "-n", "0")
 
 

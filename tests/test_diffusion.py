@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,6 +161,8 @@ def test_progressive_sampling_yields_every_kth_state():
         torch.testing.assert_close(state.x, whole[:, state.step])
     assert states[0].x_start is None
     torch.testing.assert_close(states[-1].x_start, states[-1].x)
+    with pytest.raises(ValueError, match="eta is of sampler='ddim'"):
+        diffusion.sample(3, sampler="ddpm", eta=0.5)
     with pytest.raises(ValueError, match="every"):
         diffusion.sample_progressive(3, every=0)  # at once, not at the first state
     with pytest.raises(ValueError, match="unknown sampler 'plms'; there are ddpm, ddim"):
@@ -261,7 +264,7 @@ def test_weights_use_the_arguments_given():
 
 def test_noise_may_be_given_and_is_not_changed():
     diffusion = make(offset_noise_strength=0.1).eval()
-    with pytest.raises(ValueError, match=r"at least 1; got the shape \(0, 2, 4, 6\)"):
+    with pytest.raises(ValueError, match="whole number of at least 1, got 0"):
         diffusion.sample(0)
     x_T = torch.randn(3, 2, 4, 6)
     before = x_T.clone()
@@ -369,6 +372,33 @@ def test_buffers_are_those_of_the_class_it_replaces():
         make(objective="pred_x0").load_state_dict(state)
 
 
+def test_runs_side_by_side_do_not_wake_each_others_dropout():
+    diffusion = make()
+    expected = diffusion.sample(3, seed=2)
+    a, b = (diffusion.sample_progressive(3, seed=seed) for seed in (1, 2))
+    next(a), next(b)
+    assert diffusion.model.training  # also while a run is held
+    list(a)
+    assert torch.equal(list(b)[-1].x, expected)
+
+
+def test_the_loss_compiles_into_a_full_graph():
+    diffusion, x, t = make().eval(), images(), torch.arange(5)
+    compiled = torch.compile(diffusion, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, times=t, seed=3), diffusion(x, times=t, seed=3))
+
+
+def test_numpys_numbers_are_numbers():
+    n = np.int64
+    diffusion = GaussianDiffusion(Net(), image_size=n(4), timesteps=n(20), beta_schedule="cosine")
+    a = diffusion.sample(n(2), seed=n(3), steps=n(5), sample_offset=n(1))
+    assert torch.equal(a, diffusion.sample(2, seed=3, steps=5, sample_offset=1))
+    for bad in (1.5, "7", torch.tensor(0.5), True):
+        for rng in ("philox", "torch"):
+            with pytest.raises(ValueError, match="seed must be a whole number"):
+                make(rng=rng).sample(2, seed=bad)
+
+
 def test_interpolation_begins_with_noise_of_its_timestep():
     diffusion = make().eval()
     x1, x2 = images(3) * 2 - 1, images(3).flip(0) * 2 - 1
@@ -458,8 +488,15 @@ def test_betas_of_ones_own_set_the_timesteps():
         ({"loss_type": "mse"}, "unknown loss_type 'mse'; there are l2, l1, huber"),
         ({"loss_weight": "p2"}, "unknown loss_weight 'p2'"),
         ({"rng": "curand"}, "unknown rng 'curand'; there are philox, torch"),
-        ({"sampling_timesteps": 21}, r"steps must lie in \[1, 20\]"),
+        ({"sampling_timesteps": 21}, r"steps must be a whole number in \[1, 21\)"),
         ({"clip_denoised": (1, -1)}, "low < high"),
+        ({"ddim_sampling_eta": -1.0}, "eta must be at least 0"),
+        ({"ddim_sampling_eta": 9.0}, "more noise"),
+        ({"min_snr_loss_weight": True, "loss_weight": "vlb"}, "got loss_weight='vlb' too"),
+        ({"loss_weight": "min_snr", "min_snr_gamma": -1.0}, "min_snr_gamma must be above 0"),
+        ({"size": (0, 4)}, "image_size must be a whole number of at least 1, got 0"),
+        ({"channels": 0}, "channels must be a whole number"),
+        ({"timesteps": 10_000, "beta_schedule": "constant"}, "10000 timesteps leave abar_T = .* of the signal"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments, message):
@@ -492,6 +529,17 @@ def test_a_model_without_channels_needs_them_told():
 def test_images_that_cannot_be_are_refused(batch, message):
     with pytest.raises(ValueError, match=message):
         make()(batch)
+
+
+def test_integers_are_refused_where_only_the_network_s_range_goes():
+    diffusion, x, t = make(), torch.zeros(2, 2, 4, 6, dtype=torch.uint8), torch.tensor([1, 2])
+    for call in (
+        lambda: diffusion.q_sample(x, t),
+        lambda: diffusion.p_losses(x, t),
+        lambda: diffusion.interpolate(x, x),
+    ):
+        with pytest.raises(ValueError, match=r"must be floating, .* \[-1, 1\]; got torch.uint8"):
+            call()
 
 
 def test_data_in_any_range_is_taken_without_normalisation():

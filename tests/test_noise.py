@@ -13,9 +13,18 @@ def test_philox_gives_its_known_answer():
     assert [w % 2**64 for w in words] == expected
 
 
+@pytest.fixture
+def random():
+    module = pytest.importorskip("torch.func._random")
+    try:
+        module.fold_in(module.key(0), 0)
+    except NotImplementedError:
+        pytest.skip("this torch has no CPU kernel for it; 2.14 has")
+    return module
+
+
 @pytest.mark.parametrize("key", [(0, 0), (7, 0), (2**64 - 3, 2**33 - 2), (5, 2**64 - 1)])
-def test_keys_and_numbers_are_those_of_torch_func_random(key):
-    random = pytest.importorskip("torch.func._random", reason="torch 2.14 brought it")
+def test_keys_and_numbers_are_those_of_torch_func_random(random, key):
     theirs = torch.tensor(key, dtype=torch.uint64)
     ours = theirs.view(torch.int64)
     for data in (0, 1, 2**32 + 5, 2**63 + 1, 2**64 - 1):
@@ -26,8 +35,7 @@ def test_keys_and_numbers_are_those_of_torch_func_random(key):
     )
 
 
-def test_contract_of_an_image_is_the_published_one():
-    random = pytest.importorskip("torch.func._random", reason="torch 2.14 brought it")
+def test_contract_of_an_image_is_the_published_one(random):
     eps = noise.gaussian((3, 2, 5, 7), seed=9, stream=4, sample_offset=20)
     for row in range(3):
         key = random.fold_in(random.fold_in(random.key(9), 20 + row), 4)

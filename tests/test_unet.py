@@ -171,6 +171,9 @@ def test_heads_and_dropout_are_used():
         ({"image_size": 18, "dim_mults": (1, 2, 4)}, "image_size=18 cannot be halved 2 times.*multiple of 4"),
         ({"dim": 30}, "dim=30 must be even and a multiple of norm_groups=8"),
         ({"attention_resolutions": (7,)}, r"attention_resolutions has 7, but the levels have H = \[16, 8\]"),
+        ({"dim_mults": (0, 1)}, "dim_mults must be a whole number of at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
+        ({"image_size": (8, 16)}, "image_size must be a whole number"),
         ({"num_heads": 3}, "num_heads=3 must divide the 64 channels"),
     ],
 )
