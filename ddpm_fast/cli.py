@@ -22,8 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f'ddpm-fast {options.name} needs {error.name}: pip install "ddpm_fast[train]"')
     try:
         return options.command(options)
-    except (config.ConfigError, data.DataError, checkpoint.CheckpointError, trainer.RunError) as error:
+    except (config.ConfigError, data.DataError, checkpoint.CheckpointError, trainer.RunError, OSError) as error:
         sys.exit(f"ddpm-fast {options.name}: {error}")
+    except KeyboardInterrupt as interrupt:
+        print(f"\nddpm-fast {options.name}: {interrupt or 'stopped'}", file=sys.stderr)
+        sys.exit(130)  # as a shell tells a program that Ctrl-C ended
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -44,6 +44,12 @@ def test_mistakes_are_one_line_and_no_traceback(tmp_path, capsys):
     assert "COMMAND" in fails(capsys)
 
 
+def test_places_that_cannot_be_written_are_told_without_a_traceback(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text(json.dumps(changed(training__steps=1)))
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(capsys, "train", str(tmp_path / "mine.json"), "--out", str(tmp_path / "file" / "run"))
+
+
 def test_steps_that_cannot_be_are_told_without_a_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text(json.dumps(changed(diffusion__timesteps=25, training__steps=1)))

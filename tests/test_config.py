@@ -37,6 +37,9 @@ def changed(**changes):
         ),
         (changed(data__shuffle=True), "data.shuffle: unknown key, given True; allowed here: name, flip"),
         (changed(training__lr=-1), "training.lr: given -1; needed: input should be greater than 0"),
+        (changed(training__lr=True), "training.lr: given True; needed: input should be a valid number"),
+        (changed(training__steps="6"), "training.steps: given '6'; needed: input should be a valid integer"),
+        (changed(data__flip="yes"), "data.flip: given 'yes'; needed: input should be a valid boolean"),
         (changed(training__lr="fast"), "training.lr: given 'fast'; needed: input should be a valid number"),
         (changed(training__betas=[0.9, 1.5]), "training.betas.1: given 1.5; needed: input should be less than 1"),
         (changed(training={"steps": 1, "lr": 1}), "training.batch_size: missing"),
@@ -112,3 +115,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "half.json").write_text('{"seed": 1,')
     with pytest.raises(ConfigError, match=r"half.json: not JSON: .*line 1"):
         load(tmp_path / "half.json")
+    (tmp_path / "latin.json").write_bytes('{"seed": "é"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.json: not JSON: 'utf-8' codec"):
+        load(tmp_path / "latin.json")
+    (tmp_path / "twice.json").write_text('{"seed": 1, "seed": 2}')
+    with pytest.raises(ConfigError, match="the key 'seed' is given twice"):
+        load(tmp_path / "twice.json")

@@ -75,7 +75,8 @@ def test_folders_are_resized_and_cropped_at_the_centre(tmp_path):
     wide[:, 10:20] = (255, 0, 100)  # the square in the middle
     Image.fromarray(wide).save(tmp_path / "deep" / "a.png")
     Image.fromarray(wide).convert("L").save(tmp_path / "b.JPG")
-    (tmp_path / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "paper.pdf", "film.mpg", ".hidden.png"):
+        (tmp_path / name).write_text("no image to open")
     opened = data.open_data(FolderData(name="folder", path=tmp_path, image_size=8))
     assert [p.name for p in opened.paths] == ["b.JPG", "a.png"]
     batch = opened[[1, 0]]
@@ -83,6 +84,31 @@ def test_folders_are_resized_and_cropped_at_the_centre(tmp_path):
     assert (batch[0, :, :, 2:6] == torch.tensor([255, 0, 100])[:, None, None]).all()
     grey = data.open_data(FolderData(name="folder", path=tmp_path, image_size=8, channels=1))
     assert grey[[0]].shape == (1, 1, 8, 8)
+
+
+def test_images_of_every_depth_and_transparency_keep_their_brightness(tmp_path):
+    def read(name, image):
+        image.save(tmp_path / name)
+        return data.ImageFiles([tmp_path / name], 16)[[0]].float()
+
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    assert read("deep.png", Image.fromarray(ramp)).mean().item() == pytest.approx(127.5, abs=0.5)
+    clear = np.zeros((16, 16, 4), np.uint8)
+    clear[:8] = (200, 100, 50, 255)
+    half = read("clear.png", Image.fromarray(clear))[0]
+    assert (half[:, 8:] == 255).all()  # on white
+    assert (half[:, 0, 0] == torch.tensor([200.0, 100, 50])).all()
+    for mode, expected in {"P": 90, "1": 0, "CMYK": 90, "LA": 90}.items():
+        image = Image.new("L", (16, 16), 90).convert("RGB").convert(mode) if mode != "1" else Image.new("1", (16, 16))
+        name = "cmyk.tif" if mode == "CMYK" else f"{mode}.png"
+        assert read(name, image).mean().item() == pytest.approx(expected, abs=1)
+    with pytest.raises(data.DataError, match=r"float.tif: not a readable image \(mode F: 32-bit"):
+        read("float.tif", Image.fromarray(np.ones((16, 16), np.float32)))
+    rotated = Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 8, axis=0).repeat(16, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    rotated.save(tmp_path / "rotated.png", exif=exif)
+    assert data.ImageFiles([tmp_path / "rotated.png"], 16, 1)[[0]][0, 0, 0, 0] == 255
 
 
 def test_folders_that_cannot_be_used_are_named(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -103,9 +104,14 @@ def test_the_average_is_the_one_configured(tmp_path):
     config = small(training__steps=2, training__save_every=1, training__ema_decay=0.9)
     trainer.train(config, tmp_path / "run")
     first, second = (tmp_path / "run" / "checkpoints" / f"step-0000000{i}" for i in (1, 2))
-    load_weights = checkpoint.load_weights
+
+    def load_weights(folder, name):
+        return safetensors.torch.load_file(folder / f"{name}.safetensors")
+
+    assert [trainer.ema_decay(step, config.training) for step in (0, 10**6)] == [0.1, 0.9]
     for name, average in load_weights(second, "ema").items():
-        expected = 0.9 * load_weights(first, "model")[name] + 0.1 * load_weights(second, "model")[name]
+        decay = 2 / 11  # of the second step: the configured one is for later
+        expected = decay * load_weights(first, "model")[name] + (1 - decay) * load_weights(second, "model")[name]
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -171,11 +177,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
     def broken(self, images, **arguments):
         loss = forward(self, images, **arguments)
-        return loss * float("nan") if arguments["sample_offset"] >= 4 * 9 else loss
+        return loss * float("nan") if arguments["sample_offset"] >= 4 * 6 else loss
 
     monkeypatch.setattr(trainer.GaussianDiffusion, "forward", broken)
-    with pytest.raises(trainer.RunError, match="the loss is nan at step 10"):
-        trainer.train(small(), folder)
+    with pytest.raises(trainer.RunError, match="the loss is nan at step 8"):  # before the checkpoint, amid a window
+        trainer.train(small(training__steps=2000), folder)
     assert all(tensor.isfinite().all() for tensor in weights(folder, "model").values())
 
 
@@ -205,14 +211,96 @@ def test_samples_are_the_same_in_a_grid_and_in_files_and_for_any_number(finished
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"])
-def test_a_truncated_checkpoint_is_named_and_the_older_one_still_loads(finished, tmp_path, name):
+def test_a_truncated_checkpoint_is_named_and_the_older_one_still_loads(finished, tmp_path, monkeypatch, name):
     folder = shutil.copytree(finished.folder, tmp_path / "run")
     damaged = checkpoint.latest(folder) / name
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     older = folder / "checkpoints" / "step-00000008"
-    with pytest.raises(checkpoint.CheckpointError, match=rf"{name}: truncated.*before it is {older}"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=rf"{name}: truncated.*delete {folder}.* to go on from {older.name}"
+    ):
         trainer.train(small(), folder, resume=True)
     assert trainer.load_run(older).diffusion.sample(1, seed=0).shape == (1, 1, 8, 8)
+    monkeypatch.chdir(damaged.parent)
+    load = {
+        "ema.safetensors": trainer.load_run,
+        "model.safetensors": lambda here: checkpoint.load_weights(
+            here, "model", trainer.load_run(older).diffusion.model
+        ),
+        "optimizer.pt": checkpoint.load_optimizer,
+        "state.json": trainer.load_run,
+    }[name]
+    with pytest.raises(checkpoint.CheckpointError, match="to go on from step-00000008"):
+        load(Path())  # from within
+    shutil.rmtree(checkpoint.latest(folder))
+    trainer.train(small(), folder, resume=True)
+    assert torch.equal(weights(folder, "ema")["conv_in.weight"], weights(finished.folder, "ema")["conv_in.weight"])
+
+
+def test_a_checkpoint_that_is_not_what_it_says_is_named(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    path = checkpoint.latest(folder) / "state.json"
+    state = json.loads(path.read_text())
+    for content in ("{}", "[]"):
+        path.write_text(content)
+        with pytest.raises(checkpoint.CheckpointError, match=r"state.json: truncated, missing or damaged \(it lacks"):
+            trainer.load_run(folder)
+    state["config"]["model"]["dim"] = 16
+    path.write_text(json.dumps(state))
+    with pytest.raises(checkpoint.CheckpointError, match=r"ema.safetensors: not the weights of the network") as raised:
+        trainer.load_run(folder)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_ctrl_c_saves_the_step_and_the_run_goes_on_as_if_nothing_had_been(finished, tmp_path, monkeypatch):
+    folder, forward = tmp_path / "run", trainer.GaussianDiffusion.forward
+
+    def interrupted(self, images, **arguments):
+        if arguments["sample_offset"] == 4 * 6:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, images, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.GaussianDiffusion, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 7; go on with --resume"):
+            trainer.train(small(), folder)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 7
+    assert (folder / "loss.png").exists()
+    run = trainer.train(small(), folder, resume=True)
+    for name in ("model", "ema"):
+        expected, found = weights(finished.folder, name), weights(folder, name)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert [loss for _, loss in run.metrics["history"]] == [loss for _, loss in finished.metrics["history"]]
+
+
+def test_a_resumed_run_has_the_loss_of_the_whole_window(tmp_path):
+    changes = {"training__steps": 600, "training__save_every": 1000, "model__dropout": 0.0, "training__batch_size": 1}
+    state = tmp_path / "whole"
+    whole = trainer.train(small(**changes, training__sample_every=1000), state).metrics["history"]
+    assert len(whole) == 200
+    forward, seen = trainer.GaussianDiffusion.forward, []
+
+    def stop_at_100(self, images, **arguments):
+        seen.append(1)
+        if len(seen) == 100:  # in the middle of a window of three
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, images, **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.GaussianDiffusion, "forward", stop_at_100)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(small(**changes, training__sample_every=1000), tmp_path / "run")
+    resumed = trainer.train(small(**changes, training__sample_every=1000), tmp_path / "run", resume=True)
+    assert [loss for _, loss in resumed.metrics["history"]] == [loss for _, loss in whole]
+    with pytest.raises(trainer.RunError, match=r"600 steps already, more than training\.steps = 500"):
+        trainer.train(small(**(changes | {"training__steps": 500})), tmp_path / "run", resume=True)
+
+
+def test_a_folder_with_an_unfinished_first_checkpoint_is_free(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step-00000004.tmp").mkdir(parents=True)
+    trainer.train(small(training__steps=4), tmp_path / "run")
+    assert [p.name for p in checkpoint.steps(tmp_path / "run")] == ["step-00000004"]
 
 
 def test_a_save_that_is_interrupted_leaves_the_older_one(finished, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ cannot run code. A checkpoint is written under a temporary name, flushed to the 
 it is kept, so that an interrupted or damaged save costs one interval.
 """
 
-__all__ = ["CheckpointError", "latest", "load_optimizer", "load_state", "load_weights", "save"]
+__all__ = ["CheckpointError", "latest", "load_optimizer", "load_state", "load_weights", "save", "steps"]
 
 import json
 import os
@@ -51,7 +51,7 @@ def save(
         _flush(path)
     temporary.rename(target)
     _flush(target.parent)
-    for old in _steps(run)[:-KEEP]:
+    for old in steps(run)[:-KEEP]:
         shutil.rmtree(old)
     return target
 
@@ -64,26 +64,31 @@ def latest(run: Path) -> Path:
     """
     if (run / "state.json").is_file():
         return run
-    steps = _steps(run)
-    if not steps:
+    if not steps(run):
         raise CheckpointError(f"{run}: no checkpoint here; needed: the folder of a run, or one of its checkpoints")
-    return steps[-1]
+    return steps(run)[-1]
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / "state.json").read_text())
+        state = json.loads((checkpoint / "state.json").read_text())
+        if not isinstance(state, dict) or not {"step", "config"} <= set(state):
+            raise ValueError("it lacks the step or the config")
     except (OSError, ValueError) as error:
         raise _damaged(checkpoint / "state.json", error) from None
+    return state
 
 
-def load_weights(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The state dict in `model` or `ema`."""
+def load_weights(checkpoint: Path, name: str, module: nn.Module) -> None:
+    """Loads the weights in `model` or `ema` into a module."""
     path = checkpoint / f"{name}.safetensors"
     try:
-        return safetensors.torch.load_file(path)
+        module.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from None
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()  # the first of what may be hundreds of lines
+        raise CheckpointError(f"{path}: not the weights of the network in state.json ({reason})") from None
 
 
 def load_optimizer(checkpoint: Path) -> dict[str, Any]:
@@ -95,12 +100,14 @@ def load_optimizer(checkpoint: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    older = [p for p in _steps(path.parents[2]) if p < path.parent]
-    hint = f"; the checkpoint before it is {older[-1]}" if older else ""
+    damaged = path.resolve().parent
+    older = [p for p in steps(damaged.parents[1]) if p.resolve() < damaged]
+    hint = f"; delete {path.parent} to go on from {older[-1].name}" if older else ""
     return CheckpointError(f"{path}: truncated, missing or damaged ({error}){hint}")
 
 
-def _steps(run: Path) -> list[Path]:
+def steps(run: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
     return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".tmp")
 
 

@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DigitsData(_Section):
@@ -131,23 +131,29 @@ def load(path: str | Path) -> RunConfig:
     """
     path = Path(path)
     shipped = {Path(f.name).stem: f for f in (files("ddpm_fast") / "configs").iterdir()}
-    if path.is_file():
-        text = path.read_text()
-    elif str(path) in shipped:
-        text = shipped[str(path)].read_text()
-    else:
+    if not path.is_file() and str(path) not in shipped:
         raise ConfigError(f"{path}: no such file, and none of the shipped configs: {', '.join(sorted(shipped))}")
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        text = (path if path.is_file() else shipped[str(path)]).read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=_once)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     return check(values, path)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys must differ: the later of two would win in silence."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ConfigError(f"the key {max(keys, key=keys.count)!r} is given twice in one section")
+    return values
 
 
 def check(values: Any, source: str | Path = "config") -> RunConfig:
     """Makes a `RunConfig` of decoded JSON."""
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate_json(json.dumps(values))  # strict, but a list is JSON's tuple
     except ValidationError as error:
         lines = [_explain(values, e) for e in error.errors()]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -21,6 +21,7 @@ from ..info import cores
 from ..noise import derive_seed
 from .config import CelebAData, Cifar10Data, DataConfig, DigitsData, FolderData, IdxData
 
+ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ORDER = 0  # what a run's seed is used for: the order of the images
 
 
@@ -62,12 +63,24 @@ class ImageFiles(Dataset):
     def _read(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB" if self.channels == 3 else "L")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+                image = _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # as decoders do
             raise DataError(f"{path}: not a readable image ({error})") from None
         image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
         return pixels.reshape(self.image_size, self.image_size, self.channels).permute(2, 0, 1)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Pixels in 0 ... 255 on an opaque ground; Pillow's own conversion clips 16 bits and drops transparency."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: 32-bit pixels have no known range; save it with 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -160,12 +173,11 @@ def read_idx(path: Path) -> Tensor:
 
 
 def _find_images(folder: Path) -> list[Path]:
-    endings = set(Image.registered_extensions())
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.name[0] != "." and p.is_file())
     if not paths:
-        raise DataError(f"{folder}: no images in this folder or below; looked for .png, .jpg, .webp and the like")
+        raise DataError(f"{folder}: no images in this folder or below; looked for {', '.join(ENDINGS)}")
     return paths
 
 

@@ -5,9 +5,10 @@ __all__ = ["write_samples"]
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from .pictures import save_grid, save_images
-from .trainer import Run
+from .trainer import Run, sample_in_batches
 
 
 def write_samples(
@@ -16,7 +17,7 @@ def write_samples(
     """Samples n images, in batches as large as those of the training, and writes them.
 
     Args:
-        out: NAME.png for one grid; else a folder, made if need be, for one PNG an image.
+        out: NAME.png (.jpg, ...) for one grid; else a folder, made if need be, for one PNG an image.
 
     Returns:
         What was written, to tell the user.
@@ -26,18 +27,14 @@ def write_samples(
     """
     if n < 1:
         raise ValueError(f"the number of images must be at least 1, got {n}")
-    one_file = out.suffix.lower() == ".png"
+    one_file = out.suffix.lower() in Image.registered_extensions()
     (out.parent if one_file else out).mkdir(parents=True, exist_ok=True)
-    size, kept = run.config.training.batch_size, []
-    for first in range(0, n, size):
-        images = run.diffusion.sample(
-            min(size, n - first), sampler=sampler, steps=steps, seed=seed, sample_offset=first, progress=True
-        )
-        if one_file:
-            kept.append(images.cpu())
-        else:
-            save_images(images, out, first)
+    batches = sample_in_batches(run, n, sampler=sampler, steps=steps, seed=seed)
     if one_file:
-        save_grid(torch.cat(kept), out)
+        save_grid(torch.cat(list(batches)), out)
         return f"{out}: a grid of {n} images"
+    first = 0
+    for images in batches:
+        save_images(images, out, first)
+        first += len(images)
     return f"{out}: {n} images"
