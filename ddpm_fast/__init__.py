@@ -1,4 +1,4 @@
-"""Denoising diffusion models, trained and sampled as fast as the hardware allows."""
+"""Denoising diffusion models in PyTorch: training, sampling, and noise that belongs to an image."""
 
 __all__ = ["GaussianDiffusion", "UNet", "__version__", "noise", "ops", "samplers", "schedules"]
 
