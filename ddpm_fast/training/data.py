@@ -7,6 +7,7 @@ __all__ = ["DataError", "ImageFiles", "ImageTensor", "ShuffledBatches", "batches
 
 import gzip
 import math
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,12 +113,24 @@ class ShuffledBatches(Sampler[list[int]]):
 def batches(data: Dataset, sampler: ShuffledBatches) -> Iterator[Tensor]:
     """The batches of a run, uint8, (N, C, H, W); files are decoded by other processes."""
     workers = min(8, cores()) if isinstance(data, ImageFiles) else 0
-    pinned = torch.cuda.is_available()
+    loader = DataLoader(
+        data,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_interrupt,
+    )
     try:
-        yield from DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pinned)
+        yield from loader
     except DataError as error:
         # From another process it comes with that one's traceback, and the message last.
         raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal, but it is the training that decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def open_data(config: DataConfig) -> Dataset:

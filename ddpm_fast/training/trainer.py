@@ -94,8 +94,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
         ema.n_averaged.fill_(state["step"])
         optimizer.load_state_dict(checkpoint.load_optimizer(newest))
         first_step, history, recent, seconds = (state[key] for key in ("step", "history", "recent", "seconds"))
-        if first_step > c.steps:
-            raise RunError(f"{folder} has {first_step} steps already, more than training.steps = {c.steps}")
+        if first_step >= c.steps:
+            raise RunError(f"{folder} has taken {first_step} steps already, and training.steps is {c.steps}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
@@ -104,8 +104,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
     def save(done: int) -> None:
         state = {"config": config.model_dump(mode="json"), "history": history, "recent": recent, "seconds": seconds}
         checkpoint.save(folder, done, model=diffusion.model, ema=ema.module.model, optimizer=optimizer, state=state)
+        last = [loss for _, loss in history[-10:]] or recent
         run.metrics = {
-            "loss": sum(loss for _, loss in history[-10:]) / max(len(history[-10:]), 1),
+            "loss": sum(last) / len(last),
             "steps": done,
             "images_per_second": round(done * c.batch_size / seconds, 1),
             "seconds": round(seconds, 1),
