@@ -37,13 +37,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import ops
 from .checks import whole
 
 # Streams of other uses than the steps of a sampling run, which are fewer.
 OFFSET = 1 << 32  # offset noise in training
 SECOND_IMAGE = OFFSET + 1  # the second image of an interpolation
-
-_LOW = 0xFFFFFFFF
 
 
 def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -63,9 +62,10 @@ def fold_in(keys: Tensor, data: int | Tensor) -> Tensor:
         Keys, shape (broadcast, 2), int64.
     """
     if isinstance(data, int):
-        data = _as_int64(data)
-    w0, w1, w2, w3 = _philox(keys[..., 0], keys[..., 1] + data)
-    return torch.stack([w0 | w1 << 32, w2 | w3 << 32], dim=-1)
+        data = torch.full((), _as_int64(data), device=keys.device)
+    shape = torch.broadcast_shapes(keys.shape[:-1], data.shape)
+    folded = ops.fold_in(keys.expand(*shape, 2).reshape(-1, 2), data.expand(shape).reshape(-1))
+    return folded.view(*shape, 2)
 
 
 def normal(keys: Tensor, size: int) -> Tensor:
@@ -77,12 +77,7 @@ def normal(keys: Tensor, size: int) -> Tensor:
     Returns:
         Shape (..., size), float32.
     """
-    blocks = torch.arange((size + 3) // 4, device=keys.device)
-    words = _philox(keys[..., :1], keys[..., 1:] + blocks)
-    # The roundings are part of the contract: near u = 1 one more or less moves sqrt(-2 ln u) by 3e-4.
-    u0, u1, u2, u3 = (w.float() * 2.0**-32 + 2.0**-33 for w in words)
-    out = torch.stack([*_box_muller(u0, u1), *_box_muller(u2, u3)], dim=-1)
-    return out.flatten(-2)[..., :size]
+    return ops.normal(keys.reshape(-1, 2), size).view(*keys.shape[:-1], size)
 
 
 def gaussian(
@@ -176,24 +171,3 @@ def derive_seed(seed: int, *data: int) -> int:
 
 def _as_int64(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of philox4x32 on the counter (64 bits, the upper 64 being 0); four words in int64, each < 2^32."""
-    seed, counter = torch.broadcast_tensors(seed, counter)
-    k0, k1 = seed & _LOW, seed >> 32 & _LOW
-    c0, c1 = counter & _LOW, counter >> 32 & _LOW
-    c2 = c3 = torch.zeros_like(c0)
-    for _ in range(10):
-        # int64 products wrap mod 2^64, which leaves all bits of a 32 x 32 product right.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c2 = (p1 >> 32 & _LOW) ^ c1 ^ k0, (p0 >> 32 & _LOW) ^ c3 ^ k1
-        c1, c3 = p1 & _LOW, p0 & _LOW
-        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
-    return c0, c1, c2, c3
-
-
-def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    r = (u.log() * -2).sqrt()
-    phi = v * (2 * math.pi)
-    return r * phi.cos(), r * phi.sin()

@@ -1,6 +1,24 @@
 """The inner loops of diffusion, which know nothing of diffusion models but rows of coefficients."""
 
-__all__ = ["LOSS_TYPES", "group_norm_silu", "q_sample", "reverse_step", "weighted_loss"]
+__all__ = [
+    "BACKENDS",
+    "LOSS_TYPES",
+    "ReverseStep",
+    "backend",
+    "fold_in",
+    "group_norm_silu",
+    "normal",
+    "q_sample",
+    "reverse_step",
+    "vlb_terms",
+    "weighted_loss",
+]
 
+from .backends import BACKENDS, backend
+from .group_norm_silu import group_norm_silu
 from .q_sample import q_sample
-from .reference import LOSS_TYPES, group_norm_silu, reverse_step, weighted_loss
+from .random import fold_in, normal
+from .reference import LOSS_TYPES
+from .reverse_step import ReverseStep, reverse_step
+from .vlb_terms import vlb_terms
+from .weighted_loss import weighted_loss

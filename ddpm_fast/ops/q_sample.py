@@ -3,82 +3,85 @@
 import torch
 from torch import Tensor
 
-from . import native, reference  # noqa: F401  (native registers the compiled kernels)
+from . import backends, door, reference
 
 __all__ = ["q_sample"]
 
-torch.library.define(
-    "ddpm_fast::q_sample",
-    "(Tensor x_start, Tensor noise, Tensor t, Tensor rows) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
-
-def q_sample(x_start: Tensor, noise: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-    """Draws x_t from q(x_t | x_0), given its noise: a_t x_0 + s_t eps (Ho et al. 2020, eq. 4).
+def q_sample(
+    x_start: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    *,
+    noise: Tensor | None = None,
+    keys: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draws x_t from q(x_t | x_0): a_t x_0 + s_t eps (Ho et al. 2020, eq. 4).
 
     Args:
-        x_start: x_0, of any range; (N, ...) float32, bfloat16, float16 or float64.
-        noise: eps ~ N(0, 1), of the shape and dtype of x_start.
+        x_start: x_0, (N, ...); float32, bfloat16, float16 or float64 of any range, or uint8, which is mapped from
+            [0, 255] to [-1, 1].
         t: a timestep for each sample, in [0, T); (N,) int64.
         rows: the schedule as rows (a_t, s_t); (T, 2) float32, or float64 for float64 data.
+        noise: eps ~ N(0, 1), the shape of x_start, floating.
+        keys: instead of noise, a key for each sample, (N, 2) int64: eps is made where it is needed, as
+            `noise.gaussian` makes it, and never stored.
+        dtype: of x_t; by default that of x_start, float32 for uint8.
 
     Returns:
-        x_t, with the shape, dtype and strides of x_start. It is computed in float32 (float64 for float64
-        data) and rounded once, to the same bits on every device. Gradients flow to x_start and noise.
+        x_t, with the shape of x_start; channels-last where x_start is, contiguous otherwise. It is computed in
+        float32 (float64 for float64 data) and rounded once. Gradients flow to x_start and noise.
 
     Raises:
-        RuntimeError: if shapes, dtypes or devices do not fit, or if a t on the CPU is not in [0, T). A GPU
-            finds such a t only after the call has returned: a device-side assertion fails.
+        ValueError: shapes, dtypes or devices that do not fit, or not exactly one of noise and keys.
+        RuntimeError: a t on the CPU that is not in [0, T). On a GPU it is a device-side assertion, which fails
+            after the call has returned; Triton's kernels give NaN instead.
     """
-    return torch.ops.ddpm_fast.q_sample(x_start, noise, t, rows)
-
-
-def _check(x_start: Tensor, noise: Tensor, t: Tensor, rows: Tensor) -> None:
-    def describe(tensor: Tensor) -> str:
-        return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"
-
-    torch._check(
-        x_start.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    fits = (
+        (x_start.dtype in door.FLOATING or x_start.dtype == torch.uint8)
         and x_start.dim() >= 1
-        and noise.shape == x_start.shape
-        and noise.dtype == x_start.dtype
         and t.shape == x_start.shape[:1]
         and t.dtype == torch.int64
         and rows.dim() == 2
         and rows.shape[1] == 2
-        and rows.dtype in (torch.float32, torch.float64)
-        and x_start.device == noise.device == t.device == rows.device,
-        lambda: (
-            "q_sample needs x_start (N, ...) floating, noise of the same shape and dtype, t (N,) int64 and "
-            f"rows (T, 2) float32, on one device; got x_start {describe(x_start)}, noise {describe(noise)}, "
-            f"t {describe(t)}, rows {describe(rows)}"
-        ),
+        and x_start.device == t.device == rows.device
+        and door.noise_fits(x_start, noise, keys, x_start.shape[:1])
+        and (noise is None) != (keys is None)
     )
+    if not fits:
+        door.refuse(
+            "q_sample",
+            "x_start (N, ...) floating or uint8, t (N,) int64, rows (T, 2) float32, and either noise of the shape of "
+            "x_start or keys (N, 2) int64, on one device",
+            x_start=x_start,
+            t=t,
+            rows=rows,
+            noise=noise,
+            keys=keys,
+        )
+    if dtype is None:
+        dtype = torch.float32 if x_start.dtype == torch.uint8 else x_start.dtype
+    data = x_start.dtype if x_start.dtype in (torch.uint8, dtype) else torch.promote_types(x_start.dtype, torch.float32)
+    layout = door.memory_format(x_start)
+    x_start = door.as_given(x_start, data, layout)
+    noise = door.as_given(noise, torch.float32 if data == torch.uint8 else data, layout)
+    return _op(x_start)(x_start, noise, keys, t, door.table(rows, x_start), dtype)
 
 
-def _reference(x_start: Tensor, noise: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-    _check(x_start, noise, t, rows)
-    if t.device.type == "cpu":
-        outside = ((t < 0) | (t >= len(rows))).nonzero().flatten().tolist()
-        if outside:
-            raise RuntimeError(
-                f"q_sample: t[{outside[0]}] is {t[outside[0]]}, but rows has T = {len(rows)} timesteps, counted from 0"
-            )
-    return reference.q_sample(x_start, noise, t, rows)
+def _kernel(x_start, noise, keys, t, rows, dtype):
+    door.check_index("q_sample", "t", t, len(rows))
+    x_t = reference.q_sample(x_start, noise, keys, t, rows, dtype)
+    return x_t.contiguous(memory_format=door.memory_format(x_start))
 
 
-torch.library.impl("ddpm_fast::q_sample", "default", _reference)
-
-
-@torch.library.register_fake("ddpm_fast::q_sample")
-def _fake(x_start: Tensor, noise: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-    _check(x_start, noise, t, rows)
-    return torch.empty_like(x_start)
+def _fake(x_start, noise, keys, t, rows, dtype):
+    return torch.empty_like(x_start, dtype=dtype, memory_format=door.memory_format(x_start))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, _, t, rows = inputs
+    x_start, noise, _, t, rows, _ = inputs
+    ctx.dtypes = x_start.dtype, None if noise is None else noise.dtype
     ctx.save_for_backward(t, rows)
 
 
@@ -87,11 +90,18 @@ def _backward(ctx, grad: Tensor):
     a, s = rows[t].reshape(-1, 2, *[1] * (grad.dim() - 1)).unbind(1)  # (N, 1, ...) each
     needs_x_start, needs_noise, *_ = ctx.needs_input_grad
     return (
-        (a * grad).to(grad.dtype) if needs_x_start else None,
-        (s * grad).to(grad.dtype) if needs_noise else None,
-        None,
-        None,
+        (a * grad).to(ctx.dtypes[0]) if needs_x_start else None,
+        (s * grad).to(ctx.dtypes[1]) if needs_noise else None,
+        *[None] * 4,
     )
 
 
-torch.library.register_autograd("ddpm_fast::q_sample", _backward, setup_context=_setup_context)
+_op = backends.define(
+    "q_sample",
+    "(Tensor x_start, Tensor? noise, Tensor? keys, Tensor t, Tensor rows, ScalarType dtype) -> Tensor",
+    kernel=_kernel,
+    reference=reference.q_sample,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,10 +1,27 @@
 r"""The ops in plain PyTorch: the definition of right, for every device and dtype.
 
-`rows` are tables of coefficients, indexed by the timestep or the step of each sample. Arithmetic and sums are in
-float32, or in float64 where the data is.
+`rows` are tables of coefficients, indexed by the timestep or the step of each sample, and so are `keys`, the tables of
+noise. Arithmetic and sums are in float32, or in float64 where the data is. Every function takes what the op of its name
+takes, in the same order; what the arguments are is said there.
 """
 
-__all__ = ["LOSS_TYPES", "group_norm_silu", "q_sample", "reverse_step", "weighted_loss"]
+__all__ = [
+    "LOSS_TYPES",
+    "fold_in",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "memory_format",
+    "noise_of",
+    "normal",
+    "q_sample",
+    "reverse_step",
+    "vlb_terms",
+    "weighted_loss",
+    "weighted_loss_gradient",
+]
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,103 +29,308 @@ from torch import Tensor
 
 LOSS_TYPES = ("l2", "l1", "huber")
 
+_LOW = 0xFFFFFFFF
+
+
+# Noise
+
+
+def philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of philox4x32 on the counter (64 bits, the upper 64 being 0); four words in int64, each < 2^32."""
+    seed, counter = torch.broadcast_tensors(seed, counter)
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    c0, c1 = counter & _LOW, counter >> 32 & _LOW
+    c2 = c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        # int64 products wrap mod 2^64, which leaves all bits of a 32 x 32 product right.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = (p1 >> 32 & _LOW) ^ c1 ^ k0, (p0 >> 32 & _LOW) ^ c3 ^ k1
+        c1, c3 = p1 & _LOW, p0 & _LOW
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+    return c0, c1, c2, c3
+
+
+def fold_in(keys: Tensor, data: Tensor) -> Tensor:
+    w0, w1, w2, w3 = philox(keys[:, 0], keys[:, 1] + data)
+    return torch.stack([w0 | w1 << 32, w2 | w3 << 32], dim=-1)
+
+
+def normal(keys: Tensor, size: int) -> Tensor:
+    blocks = torch.arange((size + 3) // 4, device=keys.device)
+    words = philox(keys[:, :1], keys[:, 1:] + blocks)
+    # The roundings are part of the contract: near u = 1 one more or less moves sqrt(-2 ln u) by 3e-4.
+    u0, u1, u2, u3 = (w.float() * 2.0**-32 + 2.0**-33 for w in words)
+    out = torch.stack([*_box_muller(u0, u1), *_box_muller(u2, u3)], dim=-1)
+    return out.flatten(-2)[:, :size]
+
+
+def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    r = (u.log() * -2).sqrt()
+    phi = v * (2 * math.pi)
+    return r * phi.cos(), r * phi.sin()
+
+
+def noise_of(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """The noise of samples of a shape (N, ...), float32: images counted channels-last, all else as it lies."""
+    n, *rest = shape
+    eps = normal(keys, math.prod(rest))
+    if len(shape) < 4:
+        return eps.reshape(shape)
+    channels, *axes = rest
+    return eps.reshape(n, *axes, channels).movedim(-1, 1)  # (N, C, H, W) over (N, H, W, C)
+
+
+# What several ops share
+
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _columns(rows: Tensor, index: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+def _columns(rows: Tensor, index: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The columns of each sample's row, shaped to broadcast against x: (N, 1, ..., 1), or () for one index."""
-    picked = rows[index].to(_accumulator(x))  # (N, columns) or (columns,)
+    picked = rows[index].to(dtype)  # (N, columns) or (columns,)
     if index.ndim:
         picked = picked.view(*picked.shape, *[1] * (x.ndim - 1))
     return picked.unbind(1 if index.ndim else 0)
 
 
-def q_sample(x_start: Tensor, noise: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-    a, s = _columns(rows, t, x_start)
+def _data(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the arithmetic's dtype, bytes mapped from [0, 255] to [-1, 1]."""
+    return x.to(dtype) * (2 / 255) - 1 if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+# The ops
+
+
+def q_sample(
+    x_start: Tensor, noise: Tensor | None, keys: Tensor | None, t: Tensor, rows: Tensor, dtype: torch.dtype
+) -> Tensor:
     acc = _accumulator(x_start)
-    return (a * x_start.to(acc) + s * noise.to(acc)).to(x_start.dtype)
+    a, s = _columns(rows, t, x_start, acc)
+    if noise is None:
+        noise = noise_of(keys, x_start.shape)
+    return (a * _data(x_start, acc) + s * noise.to(acc)).to(dtype)
 
 
 def weighted_loss(
-    pred: Tensor, x_start: Tensor, noise: Tensor, t: Tensor, rows: Tensor, loss_type: str = "l2"
+    pred: Tensor,
+    x_start: Tensor | None,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    t: Tensor,
+    rows: Tensor,
+    loss_type: str,
 ) -> Tensor:
-    """weight * mean over a sample of |pred - (p x_0 + q eps)|^2. Ho et al. (2020), eq. 14 with weights.
-
-    Args:
-        pred: what the network predicted, (N, ...), any floating dtype. The only input with a gradient.
-        x_start: x_0 in [-1, 1], the shape of pred.
-        noise: eps, the shape of pred.
-        t: timesteps, (N,), int64, in [0, T).
-        rows: (p, q, weight) of each timestep, (T, 3).
-        loss_type: `l2`: e^2; `l1`: |e|; `huber`: e^2 / 2 up to |e| = 1, |e| - 1/2 above.
-
-    Returns:
-        The loss of each sample, (N,), float32 (float64 for float64 pred).
-    """
-    p, q, weight = _columns(rows, t, pred)
-    acc = _accumulator(pred)
-    error = pred.to(acc) - (p * x_start.to(acc) + q * noise.to(acc))
+    """The loss of each sample, (N,)."""
+    error, weight = _weighted_error(pred, x_start, noise, keys, t, rows)
     if loss_type == "l2":
         loss = error.square()
     elif loss_type == "l1":
         loss = error.abs()
-    elif loss_type == "huber":
-        loss = F.huber_loss(error, torch.zeros_like(error), reduction="none")
     else:
-        raise ValueError(f"unknown loss_type {loss_type!r}; there are {', '.join(LOSS_TYPES)}")
+        loss = F.huber_loss(error, torch.zeros_like(error), reduction="none")
     return loss.flatten(1).mean(1) * weight.flatten()
+
+
+def weighted_loss_gradient(
+    pred: Tensor,
+    x_start: Tensor | None,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    t: Tensor,
+    rows: Tensor,
+    loss_type: str,
+) -> Tensor:
+    """The gradient by pred of the loss of each sample, in the arithmetic's dtype."""
+    error, weight = _weighted_error(pred, x_start, noise, keys, t, rows)
+    slope = {"l2": 2 * error, "l1": error.sign(), "huber": error.clamp(-1, 1)}[loss_type]
+    return slope * (weight / max(pred[:1].numel(), 1))
+
+
+def _weighted_error(
+    pred: Tensor, x_start: Tensor | None, noise: Tensor | None, keys: Tensor | None, t: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    acc = _accumulator(pred)
+    p, q, weight = _columns(rows, t, pred, acc)
+    target = None
+    if x_start is not None:
+        target = p * _data(x_start, acc)
+    if noise is None and keys is not None:
+        noise = noise_of(keys, pred.shape)
+    if noise is not None:
+        target = _add(target, q * noise.to(acc))
+    return pred.to(acc) - target, weight
 
 
 def reverse_step(
     x: Tensor,
     pred: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    x_start_prev: Tensor | None,
+    variance: Tensor | None,
+    bounds: Tensor | None,
     step: Tensor,
     rows: Tensor,
-    *,
-    noise: Tensor | None = None,
-    x_start_prev: Tensor | None = None,
-    clip: tuple[float, float] | None = None,
+    low: float,
+    high: float,
 ) -> tuple[Tensor, Tensor]:
-    """One step of any sampler: x_next = A x + B clip(x0_hat) + C x0_prev + sigma z, with x0_hat = u x + w pred.
-
-    Args:
-        x: the state x_t, (N, ...), float32 or float64.
-        pred: what the network predicted from it, the shape of x, any floating dtype.
-        step: which row: () for all samples, or (N,); int64, in [0, K).
-        rows: (u, w, A, B, C, sigma) of each step, (K, 6).
-        noise: z, the shape of x; None leaves the term out.
-        x_start_prev: x0_hat of the step before, the shape of x; None leaves the term out.
-        clip: (low, high) bounds of x0_hat, or None.
-
-    Returns:
-        (x_next, clip(x0_hat)), each of the shape and dtype of x.
-    """
-    u, w, A, B, C, sigma = _columns(rows, step, x)
-    x_start = u * x + w * pred.to(x.dtype)
-    if clip is not None:
-        x_start = x_start.clamp(*clip)
-    x_next = A * x + B * x_start
+    """(x_next, clipped x0_hat), both in x's dtype."""
+    acc = _accumulator(x)
+    u, w, A, B, C, sigma, *logs = _columns(rows, step, x, acc)
+    state = x.to(acc)
+    x_start = u * state + w * pred.to(acc)
+    if bounds is not None:
+        low, high = bounds.to(acc).view(len(x), 2, *[1] * (x.ndim - 1)).unbind(1)
+        x_start = torch.minimum(torch.maximum(x_start, low), high)
+    elif low > -math.inf or high < math.inf:
+        x_start = x_start.clamp(low, high)
+    x_next = A * state + B * x_start
     if x_start_prev is not None:
-        x_next = x_next + C * x_start_prev
+        x_next = x_next + C * x_start_prev.to(acc)
+    if noise is None and keys is not None:
+        of_step = keys[0] if len(keys) == 1 else keys[step.expand(len(x)), torch.arange(len(x), device=x.device)]
+        noise = noise_of(of_step, x.shape)
     if noise is not None:
-        x_next = x_next + sigma * noise
-    return x_next, x_start
+        if variance is not None:
+            fraction = (variance.to(acc) + 1) / 2
+            learned = (0.5 * (logs[0] + fraction * (logs[1] - logs[0]))).exp()
+            sigma = torch.where(sigma > 0, learned, 0)
+        x_next = x_next + sigma * noise.to(acc)
+    return x_next.to(x.dtype), x_start.to(x.dtype)
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool = True) -> Tensor:
-    """SiLU(GroupNorm(x)), the memory format kept. Wu & He (2018).
+def vlb_terms(
+    x_start: Tensor,
+    x_t: Tensor,
+    pred: Tensor,
+    variance: Tensor | None,
+    t: Tensor,
+    rows: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
+    acc = _accumulator(x_t)
+    u, w, c0, cx, log_q, log_p, *logs = _columns(rows, t, x_t, acc)
+    x_start, x_t = _data(x_start, acc), x_t.to(acc)
+    x_hat = u * x_t + w * pred.to(acc)
+    if low > -math.inf or high < math.inf:
+        x_hat = x_hat.clamp(low, high)
+    if variance is not None:
+        log_p = logs[0] + (variance.to(acc) + 1) / 2 * (logs[1] - logs[0])
+    kl = 0.5 * (log_p - log_q + torch.expm1(log_q - log_p) + (c0 * (x_start - x_hat)).square() * (-log_p).exp())
+    decoder = -_log_bin(x_start, c0 * x_hat + cx * x_t, 0.5 * log_p)
+    at_zero = (t == 0).view(-1, *[1] * (x_t.ndim - 1))
+    return torch.where(at_zero, decoder, kl).flatten(1).sum(1)
 
-    Args:
-        x: (N, C, H, W), any floating dtype.
-        groups: divides C.
-        weight, bias: (C,).
-        eps: added to the variance.
-        silu: False for the norm alone.
+
+def _log_bin(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
+    """ln of the normal's mass in the bin of width 2 / 255 around x, the outer bins reaching to infinity.
+
+    Ho et al. (2020), eq. 13. Masses are at least 1e-12, as in their code.
     """
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    y = F.group_norm(x, groups, weight, bias, eps)
-    if channels_last:  # which CUDA's group norm drops
-        y = y.contiguous(memory_format=torch.channels_last)
-    return F.silu(y) if silu else y
+    inverse = (-log_sigma).exp() * math.sqrt(0.5)
+    upper, lower = ((x - mean + half) * inverse for half in (1 / 255, -1 / 255))  # in units of sqrt(2) sigma
+    # erfc keeps its relative precision in the right tail alone: take the mass where it is not a difference of ones.
+    flip = upper + lower < 0
+    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    first, last = (x < -0.999), (x > 0.999)
+    open_left, open_right = torch.where(flip, last, first), torch.where(flip, first, last)
+    mass = torch.where(open_left, 2, torch.erfc(lower)) - torch.where(open_right, 0, torch.erfc(upper))
+    return (0.5 * mass).clamp(min=1e-12).log()
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd): y in x's dtype and memory format, the statistics (N, groups) in the arithmetic's."""
+    acc = _accumulator(x)
+    n, c = x.shape[:2]
+    grouped = x.to(acc).reshape(n, groups, -1)  # (N, G, C / G * H * W)
+    var, mean = torch.var_mean(grouped, dim=2, correction=0)
+    rstd = (var + eps).rsqrt()
+    y = _affine(_normalised(x, mean, rstd, groups), weight, bias, scale, shift)
+    if silu:
+        y = F.silu(y)
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x)), mean, rstd
+
+
+def group_norm_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias, scale and shift, from x and the statistics alone."""
+    acc = _accumulator(x)
+    n, c = x.shape[:2]
+    axes = tuple(range(2, x.ndim))
+    x_hat = _normalised(x, mean, rstd, groups)
+    g = grad.to(acc)
+    if silu:
+        z = _affine(x_hat, weight, bias, scale, shift)
+        sigmoid = z.sigmoid()
+        g = g * sigmoid * (1 + z * (1 - sigmoid))
+    sum_g, sum_gx = g.sum(axes), (g * x_hat).sum(axes)  # (N, C) each
+
+    ones = (1, c, *[1] * len(axes))
+    gamma, beta = weight.to(acc), bias.to(acc)
+    factor = gamma.expand(n, c) if scale is None else gamma * (1 + scale.to(acc))  # of x_hat in y
+    grad_scale = grad_shift = None
+    if scale is not None:
+        grad_scale = (sum_gx * gamma + sum_g * beta).to(scale.dtype)
+        grad_shift = sum_g.to(shift.dtype)
+        sum_weight, sum_bias = ((s * (1 + scale.to(acc))).sum(0) for s in (sum_gx, sum_g))
+    else:
+        sum_weight, sum_bias = sum_gx.sum(0), sum_g.sum(0)
+
+    count = x[0].numel() // groups
+    by_group = (n, groups, c // groups)
+    mean_g, mean_gx = ((factor * s).view(by_group).sum(2) / count for s in (sum_g, sum_gx))  # (N, G)
+    spread = [m.repeat_interleave(c // groups, 1).view(n, *ones[1:]) for m in (mean_g, mean_gx, rstd)]
+    grad_x = spread[2] * (g * factor.reshape(n, *ones[1:]) - spread[0] - x_hat * spread[1])
+    grad_x = grad_x.to(x.dtype).contiguous(memory_format=memory_format(x))
+    return grad_x, sum_weight.to(weight.dtype), sum_bias.to(bias.dtype), grad_scale, grad_shift
+
+
+def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:
+    n, c = x.shape[:2]
+    shape = (n, c, *[1] * (x.ndim - 2))
+    mean, rstd = (m.repeat_interleave(c // groups, 1).view(shape) for m in (mean, rstd))
+    return (x.to(mean.dtype) - mean) * rstd
+
+
+def _affine(x_hat: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    acc = x_hat.dtype
+    shape = (-1, x_hat.shape[1], *[1] * (x_hat.ndim - 2))
+    y = x_hat * weight.to(acc).view(shape) + bias.to(acc).view(shape)
+    if scale is not None:
+        y = y * (1 + scale.to(acc).view(shape)) + shift.to(acc).view(shape)
+    return y
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of an op's result: channels-last where x is."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format

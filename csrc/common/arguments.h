@@ -1,0 +1,140 @@
+// What a kernel is asked to do, without a word of PyTorch: the ops' C++ fronts fill these in, and a test can too.
+//
+// Tensors are dense, and all of one call are laid out alike: a sample is `channels` x `plane` elements, in memory either
+// channels-last (or with no image axes at all), or `planar`, one channel after the other. Noise is counted channels-last
+// in both. Absent tensors are null. Element types are float32, bfloat16 and float16, x_start may be uint8.
+#pragma once
+
+#include <cstdint>
+
+namespace ddpm_fast {
+
+enum class Type : int32_t { f32, bf16, f16, u8 };
+enum class LossType : int32_t { l2, l1, huber };
+
+struct Shape {
+  int64_t samples, channels, plane;
+  bool planar;
+};
+
+struct FoldIn {
+  const int64_t* keys;  // (count, 2): seed, offset
+  const int64_t* data;  // (count,)
+  int64_t* out;         // (count, 2)
+  int64_t count;
+};
+
+struct Normal {
+  const int64_t* keys;  // (count, 2)
+  float* out;           // (count, size)
+  int64_t count, size;
+};
+
+// out = a x_start + s noise, with (a, s) = rows[t]
+struct QSample {
+  const void* x_start;  // x_type
+  const void* noise;    // x_type, float32 where x_type is uint8; or null:
+  const int64_t* keys;  // (samples, 2)
+  const int64_t* t;     // (samples,)
+  const float* rows;    // (timesteps, 2)
+  void* out;            // out_type
+  Shape shape;
+  int64_t timesteps;
+  Type x_type, out_type;  // x_type is out_type, float32 or uint8
+};
+
+// loss[n] = scale weight / sample_size sum |pred - (p x_start + q noise)|, with (p, q, weight) = rows[t]
+struct WeightedLoss {
+  const void* pred;     // pred_type
+  const void* x_start;  // data_type, or null, or uint8 if x_is_bytes
+  const void* noise;    // data_type, or null; with keys null too, q is not read
+  const int64_t* keys;  // (samples, 2), or null
+  const int64_t* t;     // (samples,)
+  const float* rows;    // (timesteps, 3)
+  float* loss;          // (samples,)
+  void* grad;           // pred_type: the gradient of loss by pred, or null
+  Shape shape;
+  int64_t timesteps;
+  float scale;
+  LossType loss_type;
+  Type pred_type, data_type;  // data_type is pred_type or float32; float32 if x_is_bytes
+  bool x_is_bytes;
+};
+
+// x_start_out = clip(u x + w pred); x_next = A x + B x_start_out + C x_start_prev + sigma noise,
+// with (u, w, A, B, C, sigma[, log lower, log upper]) = rows[step]
+struct ReverseStep {
+  const void* x;             // x_type
+  const void* pred;          // pred_type
+  const void* noise;         // x_type, or null; with keys null too, there is no noise term
+  const int64_t* keys;       // (key_steps, samples, 2), or null
+  const void* x_start_prev;  // x_type, or null
+  const void* variance;      // pred_type, or null: sigma^2 is sqrt-interpolated in the log; sigma > 0 says whether
+  const float* bounds;       // (samples, 2), or null: low and high hold
+  const int64_t* step;       // (samples,), or one for all
+  const float* rows;         // (steps, columns)
+  void* x_next;              // x_type
+  void* x_start_out;         // x_type, or null
+  void* model_input;         // pred_type: x_next again, or null
+  Shape shape;
+  int64_t steps, columns, key_steps;  // columns is 6 or 8; key_steps is steps, or 1: the same keys for every step
+  float low, high;                    // infinite for none
+  bool step_is_shared;
+  Type x_type, pred_type;  // x_type is float32 or pred_type
+};
+
+// One term of the variational bound, in nats, with (u, w, c0, cx, log q, log p[, log lower, log upper]) = rows[t]
+struct VlbTerms {
+  const void* x_start;   // float32, or uint8 if x_is_bytes
+  const float* x_t;
+  const void* pred;      // pred_type
+  const void* variance;  // pred_type, or null
+  const int64_t* t;      // (samples,)
+  const float* rows;     // (timesteps, columns)
+  float* out;            // (samples,)
+  Shape shape;
+  int64_t timesteps, columns;
+  float low, high;
+  Type pred_type;
+  bool x_is_bytes;
+};
+
+// y = silu((x - mean) rstd weight + bias), with (1 + scale) and + shift before the silu where they are given
+struct GroupNormSilu {
+  const void* x;       // x_type
+  const void* weight;  // (channels,) parameter_type
+  const void* bias;    // (channels,) parameter_type
+  const void* scale;   // (samples, channels) x_type, or null
+  const void* shift;   // with scale
+  void* y;             // x_type
+  float* mean;         // (samples, groups)
+  float* rstd;         // (samples, groups)
+  Shape shape;
+  int64_t groups;
+  float eps;
+  bool silu;
+  Type x_type, parameter_type;  // parameter_type is x_type or float32
+};
+
+struct GroupNormSiluBackward {
+  const void* grad;    // x_type
+  const void* x;       // x_type
+  const float* mean;   // (samples, groups)
+  const float* rstd;   // (samples, groups)
+  const void* weight;  // (channels,) parameter_type
+  const void* bias;    // (channels,) parameter_type
+  const void* scale;   // (samples, channels) x_type, or null
+  const void* shift;
+  void* grad_x;       // x_type
+  void* grad_weight;  // (channels,) parameter_type
+  void* grad_bias;    // (channels,) parameter_type
+  void* grad_scale;   // (samples, channels) x_type, or null
+  void* grad_shift;
+  float* workspace;  // (samples, channels, 2): sums of the gradient, and of the gradient times x's normalised value
+  Shape shape;
+  int64_t groups;
+  bool silu;
+  Type x_type, parameter_type;
+};
+
+}  // namespace ddpm_fast

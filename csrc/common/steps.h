@@ -1,0 +1,35 @@
+// The arithmetic of one element, once for the C++ compiler and for nvcc. Values come in and go out in float32.
+#pragma once
+
+#include <cmath>
+
+#include "common/arguments.h"
+#include "common/macros.h"
+
+namespace ddpm_fast {
+
+// Images in bytes, from [0, 255] to [-1, 1].
+DDPM_FAST_HOST_DEVICE float from_byte(uint8_t value) { return static_cast<float>(value) * (2.0f / 255.0f) - 1.0f; }
+
+// Like torch.clamp, it keeps NaN.
+DDPM_FAST_HOST_DEVICE float clip(float x, float low, float high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// Ho et al. (2020), eq. 4.
+DDPM_FAST_HOST_DEVICE float q_sample(float a, float s, float x_start, float noise) { return a * x_start + s * noise; }
+
+struct Loss {
+  float value, slope;  // slope by the error
+};
+
+template <LossType type>
+DDPM_FAST_HOST_DEVICE Loss loss_of(float error) {
+  if constexpr (type == LossType::l2) return {error * error, 2.0f * error};
+  const float size = fabsf(error), sign = error > 0.0f ? 1.0f : error < 0.0f ? -1.0f : 0.0f;
+  if constexpr (type == LossType::l1) return {size, sign};
+  return size <= 1.0f ? Loss{0.5f * error * error, error} : Loss{size - 0.5f, sign};
+}
+
+}  // namespace ddpm_fast

@@ -1,0 +1,161 @@
+"""Who does the work: plain PyTorch, or the kernels for the CPU, for Triton or for CUDA.
+
+Each op is registered twice. `ddpm_fast::op` has the reference as its default kernel, and the compiled modules (or
+Triton, where there is no CUDA module) add kernels for their device: PyTorch's dispatcher is the automatic choice.
+`ddpm_fast_triton::op` is Triton's alone, for those who ask for it. Both share their fake kernel and their gradient.
+"""
+
+__all__ = ["BACKENDS", "Op", "availability", "backend", "define"]
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module, util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    return name
+
+
+# Not a ContextVar, which torch.compile cannot guard on: the choice holds for the whole process.
+_chosen: str | None = _known(os.environ.get("DDPM_FAST_BACKEND") or None)
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Within this context, all ops are done by one backend, in all threads.
+
+    Args:
+        name: reference (plain PyTorch, any device), cpu (C++), triton or cuda (C++); None for the automatic choice,
+            which is also what holds outside, unless the environment variable DDPM_FAST_BACKEND names a backend.
+
+    Raises:
+        ValueError: an unknown name. An op whose tensors that backend cannot serve raises RuntimeError when it is
+            called, with the reason.
+    """
+    global _chosen
+    before, _chosen = _chosen, _known(name)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def availability(name: str) -> tuple[bool, str]:
+    """Whether a backend can be used here on any tensor at all, and why not."""
+    if name == "reference":
+        return True, ""
+    if name != "triton":
+        available, reason = native.modules[name]
+        if available and name == "cuda" and not torch.cuda.is_available():
+            return False, "built and loaded, but PyTorch finds no NVIDIA GPU"
+        return available, reason
+    if util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    device = _triton_device()
+    return (device is not None, "" if device else "Triton finds no GPU")
+
+
+def _triton_device() -> str | None:
+    """The type of device that Triton's active driver launches on: that of a simulator can be the CPU."""
+    from triton.runtime import driver
+
+    try:
+        return driver.active.get_active_torch_device().type
+    except RuntimeError:  # no driver is active
+        return None
+
+
+def _serves(name: str, tensor: Tensor) -> tuple[bool, str]:
+    available, reason = availability(name)
+    if not available:
+        return available, reason
+    device = tensor.device.type
+    own = {"reference": device, "cpu": "cpu", "cuda": "cuda"}.get(name) or _triton_device()
+    return device in (own, "meta"), f"it works on {own} tensors, and was given {device} ones"
+
+
+class Op(NamedTuple):
+    """An op on every backend."""
+
+    name: str
+    reference: Callable[..., Any]
+
+    def __call__(self, like: Tensor) -> Callable[..., Any]:
+        """The function that serves tensors like the one given; the reference itself where that was asked for.
+
+        Data in float64 is the reference's whatever the backend: the kernels' arithmetic is float32.
+        """
+        if _chosen is None:
+            if not torch.compiler.is_compiling():
+                _say_once(like.device.type)
+        elif not torch.compiler.is_compiling():
+            serves, reason = _serves(_chosen, like)
+            if not serves:
+                raise RuntimeError(f"{self.name}: backend {_chosen!r} was asked for, but {reason}")
+        if _chosen == "reference" or like.dtype == torch.float64:
+            return self.reference
+        namespace = torch.ops.ddpm_fast_triton if _chosen == "triton" else torch.ops.ddpm_fast
+        return getattr(namespace, self.name).default
+
+
+_silent_devices: set[str] = set()
+
+
+def _say_once(device: str) -> None:
+    if device in _silent_devices:
+        return
+    _silent_devices.add(device)
+    if device in native.modules and not native.modules[device].available:
+        if device == "cuda" and availability("triton")[0]:
+            return
+        warnings.warn(
+            f"ddpm_fast runs in plain PyTorch on {device} tensors: {native.modules[device].reason}", stacklevel=4
+        )
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Op:
+    """Registers an op.
+
+    Args:
+        schema: its arguments and results. Tensors come checked: dense, contiguous or channels-last, in agreeing dtypes.
+        kernel: what the op does, in plain PyTorch; the default for devices that have nothing better.
+        reference: the same for autograd to differentiate; what backend("reference") calls.
+        fake: the results' shapes, dtypes and strides.
+        setup_context, backward: the gradient, as torch.library.register_autograd takes it.
+    """
+
+    def triton(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(f"ddpm_fast.ops.triton.{name}"), name)(*args, **kwargs)
+
+    for namespace, default in (("ddpm_fast", kernel), ("ddpm_fast_triton", triton)):
+        qualified = f"{namespace}::{name}"
+        torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(qualified, "default", default)
+        torch.library.register_fake(qualified, fake)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"ddpm_fast::{name}", "CUDA")
+    if not has_cuda and util.find_spec("triton") is not None:
+        torch.library.impl(f"ddpm_fast::{name}", "cuda", triton)
+    return Op(name, reference)
