@@ -9,7 +9,7 @@ __all__ = ["GaussianDiffusion", "ModelPrediction", "SampleState"]
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,8 +22,6 @@ from . import noise as noises
 from .parameterization import loss_weight as make_loss_weight
 from .process import DiffusionProcess
 from .schedules import NoiseSchedule
-
-Draw = Callable[[int, Sequence[int]], Tensor]  # (stream, shape) -> noise
 
 RNGS = ("philox", "torch")
 SAMPLERS = ("ddpm", "ddim")
@@ -147,10 +145,12 @@ class GaussianDiffusion(DiffusionProcess):
 
     # The network
 
+    def _model_dtype(self, x: Tensor) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype)
+
     def _model_output(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), x)
         condition = (x_self_cond,) if self.self_condition else ()
-        pred = self.model(x.to(parameter.dtype), t, *condition)
+        pred = self.model(x.to(self._model_dtype(x)), t, *condition)
         if pred.shape != x.shape:
             raise ValueError(
                 f"the model must return the shape of its input, {tuple(x.shape)}; it returned {tuple(pred.shape)}"
@@ -235,14 +235,16 @@ class GaussianDiffusion(DiffusionProcess):
         """
         checks.floating("x_start", x_start)
         checks.timesteps(t, len(x_start), self.num_timesteps)
+        given = {"noise": noise}
         if noise is None:
-            noise = self._source(x_start, seed, sample_offset)(0, x_start.shape)
+            given = _noise(self._source(x_start, seed, sample_offset), 0, x_start.shape)
         elif noise.shape != x_start.shape:
             raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
-        return ops.q_sample(x_start, noise.to(x_start.dtype), t, self.q_sample_rows)
+        return ops.q_sample(x_start, t, self.q_sample_rows, **given)
 
-    def _source(self, like: Tensor, seed: int | torch.Generator | None, sample_offset: int) -> Draw:
-        return noises.source(self.rng, seed=seed, sample_offset=sample_offset, device=like.device, dtype=like.dtype)
+    def _source(self, like: Tensor, seed: int | torch.Generator | None, sample_offset: int) -> noises.Source:
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        return noises.Source(self.rng, seed=seed, sample_offset=sample_offset, device=like.device, dtype=dtype)
 
     def p_losses(
         self,
@@ -267,16 +269,35 @@ class GaussianDiffusion(DiffusionProcess):
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be mean or none, got {loss_reduction!r}")
         checks.floating("x_start", x_start)
-        draw = self._source(x_start, seed, sample_offset)
-        if noise is None:
-            noise = draw(0, x_start.shape)
+        return self._losses(
+            x_start, t, noise, offset_noise_strength, loss_reduction, self._source(x_start, seed, sample_offset)
+        )
+
+    def _losses(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None,
+        offset_noise_strength: float | None,
+        loss_reduction: str,
+        source: noises.Source,
+    ) -> Tensor:
+        """`p_losses`, for images in uint8 too: the ops scale them where they read them."""
+        checks.timesteps(t, len(x_start), self.num_timesteps)
+        if noise is not None and noise.shape != x_start.shape:
+            raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
+        if noise is None and (strength or self.immiscible):
+            noise = source.draw(0, x_start.shape)
         if strength:
-            offset = draw(noises.OFFSET, x_start.shape[:2])
+            offset = source.draw(noises.OFFSET, x_start.shape[:2])
             noise = noise + strength * offset.view(*offset.shape, *[1] * (x_start.ndim - 2))
         if self.immiscible:
             noise = noise[_nearest_assignment(x_start, noise)]
-        x = self.q_sample(x_start, t, noise)
+        # Otherwise eps is made twice from its keys, here and for the loss, and never stored.
+        eps = _noise(source, 0, x_start.shape) if noise is None else {"noise": noise}
+        dtype = None if self.self_condition else self._model_dtype(x_start)
+        x = ops.q_sample(x_start, t, self.q_sample_rows, dtype=dtype, **eps)
 
         x_self_cond = None
         if self.self_condition and torch.rand(()) < 0.5:  # half of the time, as Chen et al. (2022), sec. 3
@@ -284,8 +305,13 @@ class GaussianDiffusion(DiffusionProcess):
                 x_self_cond = self.model_predictions(x, t).pred_x_start
 
         pred = self._model_output(x, t, x_self_cond)
-        loss = ops.weighted_loss(pred, x_start, noise, t, self.loss_rows, self.loss_type)
-        return loss.mean() if loss_reduction == "mean" else loss
+        if self.objective == "pred_noise":
+            x_start = None  # its p is 0
+        elif self.objective == "pred_x0":
+            eps = {}
+        return ops.weighted_loss(
+            pred, t, self.loss_rows, x_start=x_start, loss_type=self.loss_type, reduction=loss_reduction, **eps
+        )
 
     def forward(
         self,
@@ -311,20 +337,17 @@ class GaussianDiffusion(DiffusionProcess):
         Returns:
             The loss, float32.
         """
+        if loss_reduction not in ("mean", "none"):
+            raise ValueError(f"loss_reduction must be mean or none, got {loss_reduction!r}")
         checks.images(img, (self.channels, *self.image_size), unit_range=self.auto_normalize)
         times = self.random_times(len(img)) if times is None else times
         memory_format = noises.channels_last_format(img.ndim)
         if memory_format is not None:
             img = img.contiguous(memory_format=memory_format)
-        return self.p_losses(
-            self.normalize(img),
-            times,
-            noise,
-            offset_noise_strength,
-            loss_reduction,
-            seed=seed,
-            sample_offset=sample_offset,
-        )
+        if img.dtype != torch.uint8 or self.betas.dtype != torch.float32 or self.immiscible:
+            img = self.normalize(img)
+        source = self._source(img, seed, sample_offset)
+        return self._losses(img, times, noise, offset_noise_strength, loss_reduction, source)
 
     # Sampling
 
@@ -347,32 +370,48 @@ class GaussianDiffusion(DiffusionProcess):
 
     @torch.inference_mode()
     def _reverse(
-        self, x: Tensor, table: samplers.StepTable, draw: Draw, *, taken: int = 0, progress: bool = False
+        self,
+        x: Tensor,
+        table: samplers.StepTable,
+        source: noises.Source,
+        *,
+        taken: int = 0,
+        with_x_start: bool = False,
+        progress: bool = False,
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yields (steps taken, x, x0_hat) in [-1, 1], the state before the first step first.
 
-        `taken`: steps of the table that lie behind x.
+        `taken`: steps of the table that lie behind x. `with_x_start`: x0_hat is wanted.
         """
         rows = table.rows.to(self.device, self.betas.dtype)
         timesteps, steps = table.t.to(self.device), torch.arange(len(table), device=self.device)
         noisy, multistep = (table.sigma > 0).tolist(), bool((table.C != 0).any())
-        if self.rng == "torch":  # other packages draw for every step but the last, whatever its sigma
+        keys = None
+        if source.keyed:
+            if any(noisy[taken:]):
+                keys = source.keys(len(x), range(1, len(table) + 1))  # (K, N, 2)
+        else:  # other packages draw for every step but the last, whatever its sigma
             noisy = [True] * (len(table) - 1) + [False]
-        bounds = _bounds(self.clip_denoised)
-        x_start = None
+        bounds, dtype = _bounds(self.clip_denoised), self._model_dtype(x)
+        x_start, model_input = None, x
         yield taken, x, x_start
         for k in tqdm(range(taken, len(table)), "sampling", disable=not progress, unit="step"):
             with _evaluating(self.model):  # each time: between two states, others may use the model
-                pred = self._model_output(x, timesteps[k].expand(len(x)), x_start)
-            x, x_start = ops.reverse_step(
+                pred = self._model_output(model_input, timesteps[k].expand(len(x)), x_start)
+            rounded = pred.dtype == dtype != x.dtype
+            x, x_start, model_input = ops.reverse_step(
                 x,
                 pred,
                 steps[k],
                 rows,
-                noise=draw(k + 1, x.shape) if noisy[k] else None,
+                noise=source.draw(k + 1, x.shape) if noisy[k] and keys is None else None,
+                keys=keys if noisy[k] else None,
                 x_start_prev=x_start if multistep else None,
                 clip=bounds,
+                return_x_start=with_x_start or multistep or self.self_condition,
+                return_model_input=rounded,
             )
+            model_input = model_input if rounded else x
             yield k + 1, x, x_start
 
     def _run(
@@ -385,14 +424,15 @@ class GaussianDiffusion(DiffusionProcess):
         seed: int | torch.Generator | None = None,
         sample_offset: int = 0,
         noise: Tensor | None = None,
+        with_x_start: bool = False,
         progress: bool = False,
     ) -> Iterator[SampleState]:
         """A sampling run of given shape, state by state, in the range of `sample`."""
         shape = tuple(checks.whole("batch_size and every size", size, 1) for size in shape)
         table = self.step_table(sampler, steps, eta)
-        draw = self._source(self.betas, seed, sample_offset)
+        source = self._source(self.betas, seed, sample_offset)
         if noise is None:
-            noise = draw(0, shape)
+            noise = source.draw(0, shape)
         elif noise.shape != torch.Size(shape):
             raise ValueError(f"noise is x_T and must have the shape {tuple(shape)}; got {tuple(noise.shape)}")
         names = [*table.t.tolist(), -1]
@@ -401,7 +441,8 @@ class GaussianDiffusion(DiffusionProcess):
             x_start = None if x_start is None else self.unnormalize(x_start)
             return SampleState(step, names[step], self.unnormalize(x), x_start)
 
-        return itertools.starmap(state, self._reverse(noise.to(self.betas), table, draw, progress=progress))
+        states = self._reverse(noise.to(self.betas), table, source, with_x_start=with_x_start, progress=progress)
+        return itertools.starmap(state, states)
 
     def _finish(self, states: Iterator[SampleState], return_all_timesteps: bool) -> Tensor:
         if return_all_timesteps:
@@ -460,7 +501,7 @@ class GaussianDiffusion(DiffusionProcess):
         """
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        states = self._run((batch_size, self.channels, *self.image_size), **run)
+        states = self._run((batch_size, self.channels, *self.image_size), with_x_start=True, **run)
         return (state for state in states if state.step % every == 0 or state.t == -1)
 
     def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
@@ -495,17 +536,20 @@ class GaussianDiffusion(DiffusionProcess):
         """
         t = checks.whole("t", t, 0, self.num_timesteps)
         k = self.num_timesteps - 1 - t
+        given = {"noise": noise}
         if noise is None and t > 0:
-            noise = self._source(x, seed, sample_offset)(k + 1, x.shape)
+            given = _noise(self._source(x, seed, sample_offset), k + 1, x.shape)
         pred = self._model_output(x, torch.full((len(x),), t, device=x.device), x_self_cond)
-        return ops.reverse_step(
+        x, x_start, _ = ops.reverse_step(
             x,
             pred,
             torch.tensor(k, device=x.device),
             self.ancestral_rows,
-            noise=noise if t > 0 else None,
             clip=_bounds(self.clip_denoised),
+            return_x_start=True,
+            **(given if t > 0 else {}),
         )
+        return x, x_start
 
     def interpolate(
         self,
@@ -531,14 +575,21 @@ class GaussianDiffusion(DiffusionProcess):
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have one shape; got {tuple(x1.shape)} and {tuple(x2.shape)}")
         checks.floating("x1", x1)
-        draw = self._source(x1, seed, sample_offset)
+        source = self._source(x1, seed, sample_offset)
         times = torch.full((len(x1),), t, device=x1.device)
-        x1_t = self.q_sample(x1, times, draw(0, x1.shape))
-        x2_t = self.q_sample(x2, times, draw(noises.SECOND_IMAGE, x2.shape))
+        x1_t = self.q_sample(x1, times, source.draw(0, x1.shape))
+        x2_t = self.q_sample(x2, times, source.draw(noises.SECOND_IMAGE, x2.shape))
         table = self.step_table("ddpm", self.num_timesteps)
         taken = self.num_timesteps - 1 - t
-        _, x, _ = _last(self._reverse((1 - lam) * x1_t + lam * x2_t, table, draw, taken=taken))
+        _, x, _ = _last(self._reverse((1 - lam) * x1_t + lam * x2_t, table, source, taken=taken))
         return x
+
+
+def _noise(source: noises.Source, stream: int, shape: Sequence[int]) -> dict[str, Tensor]:
+    """A stream's noise as the ops' argument: keys where there are any, or drawn."""
+    if source.keyed:
+        return {"keys": source.keys(shape[0], stream)}
+    return {"noise": source.draw(stream, shape)}
 
 
 def _last(states: Iterator[Any]) -> Any:

@@ -8,7 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .ops import native
+from .ops.backends import availability
+
+DESCRIPTIONS = {
+    "reference": "plain PyTorch, on any device",
+    "cpu": "C++, on CPU tensors",
+    "triton": "Triton, on GPU tensors",
+    "cuda": "C++, on NVIDIA GPU tensors",
+}
 
 
 def versions() -> dict[str, str]:
@@ -44,13 +51,11 @@ def devices() -> list[str]:
 
 
 def backends() -> dict[str, tuple[bool, str]]:
-    """Whether each backend can be used, and why not."""
-    found = {"reference": (True, "plain PyTorch: every op")}
-    for name, (loaded, reason) in native.modules.items():
-        found[name] = (loaded, reason or "C++: q_sample")
-    if found["cuda"][0] and not torch.cuda.is_available():
-        found["cuda"] = (False, "built and loaded, but PyTorch finds no NVIDIA GPU")
-    found["triton"] = (False, "no op has a Triton kernel yet")
+    """Whether each backend can be used, and what it is or why not."""
+    found = {}
+    for name, description in DESCRIPTIONS.items():
+        available, reason = availability(name)
+        found[name] = (available, description if available else reason)
     return found
 
 

@@ -19,7 +19,7 @@ class GroupNorm(nn.GroupNorm):
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu)
+        return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
 
 
 class TimeEmbedding(nn.Module):

@@ -21,6 +21,7 @@ Streams: 0 is x_T in a sampling run and eps in training, k + 1 the noise of the 
 __all__ = [
     "OFFSET",
     "SECOND_IMAGE",
+    "Source",
     "channels_last_format",
     "derive_seed",
     "draw_seed",
@@ -28,11 +29,11 @@ __all__ = [
     "gaussian",
     "key",
     "normal",
-    "source",
+    "sample_keys",
 ]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,6 +81,31 @@ def normal(keys: Tensor, size: int) -> Tensor:
     return ops.normal(keys.reshape(-1, 2), size).view(*keys.shape[:-1], size)
 
 
+def sample_keys(
+    samples: int,
+    *,
+    seed: int,
+    streams: int | range = 0,
+    sample_offset: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The keys that the ops make a batch's noise from.
+
+    Args:
+        samples: N.
+        streams: which use of noise within a sample, at least 0, or K of them.
+        sample_offset: index in the run of the batch's first sample.
+
+    Returns:
+        (N, 2), or (K, N, 2) for a range of streams; int64.
+    """
+    sample_offset = whole("sample_offset", sample_offset, 0, 1 << 63)
+    keys = fold_in(key(seed, device=device), sample_offset + torch.arange(samples, device=device))  # (N, 2)
+    if isinstance(streams, range):
+        return fold_in(keys, torch.arange(streams.start, streams.stop, streams.step, device=device)[:, None])
+    return fold_in(keys, whole("stream", streams, 0, 1 << 63))
+
+
 def gaussian(
     shape: Sequence[int],
     *,
@@ -104,11 +130,8 @@ def gaussian(
     shape = tuple(shape)
     if not shape or any(size < 0 for size in shape):
         raise ValueError(f"shape must be (N, ...) with sizes of at least 0, got {shape}")
-    stream = whole("stream", stream, 0, 1 << 63)
-    sample_offset = whole("sample_offset", sample_offset, 0, 1 << 63)
     n, *rest = shape
-    samples = sample_offset + torch.arange(n, device=device)
-    keys = fold_in(fold_in(key(seed, device=device), samples), stream)  # (N, 2)
+    keys = sample_keys(n, seed=seed, streams=stream, sample_offset=sample_offset, device=device)
     eps = normal(keys, math.prod(rest)).to(dtype)  # (N, C * H * W)
     if channels_last_format(len(shape)) is None:
         return eps.reshape(shape)
@@ -116,35 +139,54 @@ def gaussian(
     return eps.reshape(n, *axes, channels).movedim(-1, 1)  # (N, C, H, W) over (N, H, W, C)
 
 
-def source(
-    rng: str,
-    *,
-    seed: int | torch.Generator | None = None,
-    sample_offset: int = 0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Callable[[int, Sequence[int]], Tensor]:
-    """A function from (stream, shape) to noise, in either of two ways.
+class Source:
+    """Where a run's noise comes from.
 
     Args:
         rng: `philox`: as `gaussian`. `torch`: by torch.randn, one call after the other, whatever the stream and
             the offset; the numbers that other packages draw.
         seed: a number, or a generator (philox: one seed is drawn from it); None for PyTorch's default generator.
+        sample_offset: index in the run of the batch's first sample.
     """
-    if rng == "torch":
-        generator = seed
-        if seed is not None and not isinstance(seed, torch.Generator):
-            generator = torch.Generator(device or "cpu").manual_seed(whole("seed", seed, -(1 << 63), 1 << 64))
-        return lambda stream, shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    number = None if seed is None or isinstance(seed, torch.Generator) else seed
 
-    def draw(stream: int, shape: Sequence[int]) -> Tensor:
-        nonlocal number
-        if number is None:  # not before noise is drawn: a run without any leaves the generator alone
-            number = draw_seed(seed)
-        return gaussian(shape, seed=number, stream=stream, sample_offset=sample_offset, device=device, dtype=dtype)
+    def __init__(
+        self,
+        rng: str,
+        *,
+        seed: int | torch.Generator | None = None,
+        sample_offset: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.keyed = rng == "philox"
+        self.seed, self.sample_offset = seed, sample_offset
+        self.device, self.dtype = device, dtype
+        if not self.keyed and seed is not None and not isinstance(seed, torch.Generator):
+            self.seed = torch.Generator(device or "cpu").manual_seed(whole("seed", seed, -(1 << 63), 1 << 64))
 
-    return draw
+    def _number(self) -> int:
+        if self.seed is None or isinstance(self.seed, torch.Generator):
+            self.seed = draw_seed(self.seed)  # not before noise is drawn: a run without any leaves the generator alone
+        return self.seed
+
+    def draw(self, stream: int, shape: Sequence[int]) -> Tensor:
+        """A stream's noise, as a tensor."""
+        if not self.keyed:
+            return torch.randn(shape, generator=self.seed, device=self.device, dtype=self.dtype)
+        return gaussian(
+            shape,
+            seed=self._number(),
+            stream=stream,
+            sample_offset=self.sample_offset,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def keys(self, samples: int, streams: int | range) -> Tensor:
+        """A stream's noise, as the keys that the ops make it from; see `sample_keys`. For philox alone."""
+        return sample_keys(
+            samples, seed=self._number(), streams=streams, sample_offset=self.sample_offset, device=self.device
+        )
 
 
 def channels_last_format(ndim: int) -> torch.memory_format | None:

@@ -107,33 +107,38 @@ class DiffusionProcess(nn.Module):
         picked = rows[t].view(len(t), rows.shape[1], *[1] * (x.ndim - 1))
         return picked.unbind(1)
 
-    def _extract(self, table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    def _extract(self, t: Tensor, x: Tensor, *tables: Tensor) -> list[Tensor]:
         checks.timesteps(t, len(x), self.num_timesteps)
-        return self._at(table[:, None], t, x)[0]
+        return [table[t].view(-1, *[1] * (x.ndim - 1)) for table in tables]
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_0 = x_t / a - eps s / a. Ho et al. (2020), eq. 4."""
-        recip = self._extract(self.sqrt_recip_alphas_cumprod, t, x_t)
-        return recip * x_t - self._extract(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+        recip, recipm1 = self._extract(t, x_t, self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
+        return recip * x_t - recipm1 * noise
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """eps = (x_t / a - x_0) a / s."""
-        recip = self._extract(self.sqrt_recip_alphas_cumprod, t, x_t)
-        return (recip * x_t - x0) / self._extract(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+        recip, recipm1 = self._extract(t, x_t, self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
+        return (recip * x_t - x0) / recipm1
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = a eps - s x_0. Salimans & Ho (2022), appendix D."""
-        a = self._extract(self.sqrt_alphas_cumprod, t, x_start)
-        return a * noise - self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+        a, s = self._extract(t, x_start, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        return a * noise - s * x_start
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = a x_t - s v."""
-        a = self._extract(self.sqrt_alphas_cumprod, t, x_t)
-        return a * x_t - self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+        a, s = self._extract(t, x_t, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        return a * x_t - s * v
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance (clipped at 1e-20) of q(x_{t-1} | x_t, x_0). Ho et al. (2020), eq. 7."""
-        mean = self._extract(self.posterior_mean_coef1, t, x_t) * x_start
-        mean = mean + self._extract(self.posterior_mean_coef2, t, x_t) * x_t
-        variance = self._extract(self.posterior_variance, t, x_t)
-        return mean, variance, self._extract(self.posterior_log_variance_clipped, t, x_t)
+        coef1, coef2, variance, log_variance = self._extract(
+            t,
+            x_t,
+            self.posterior_mean_coef1,
+            self.posterior_mean_coef2,
+            self.posterior_variance,
+            self.posterior_log_variance_clipped,
+        )
+        return coef1 * x_start + coef2 * x_t, variance, log_variance
