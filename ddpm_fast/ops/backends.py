@@ -5,7 +5,7 @@ Triton, where there is no CUDA module) add kernels for their device: PyTorch's d
 `ddpm_fast_triton::op` is Triton's alone, for those who ask for it. Both share their fake kernel and their gradient.
 """
 
-__all__ = ["BACKENDS", "Op", "availability", "backend", "define"]
+__all__ = ["BACKENDS", "OPS", "Op", "availability", "backend", "define"]
 
 import os
 import warnings
@@ -90,7 +90,8 @@ class Op(NamedTuple):
     """An op on every backend."""
 
     name: str
-    reference: Callable[..., Any]
+    kernel: Callable[..., Any]  # the strict op in plain PyTorch
+    reference: Callable[..., Any]  # the same for autograd to differentiate
 
     def __call__(self, like: Tensor) -> Callable[..., Any]:
         """The function that serves tensors like the one given; the reference itself where that was asked for.
@@ -109,6 +110,8 @@ class Op(NamedTuple):
         namespace = torch.ops.ddpm_fast_triton if _chosen == "triton" else torch.ops.ddpm_fast
         return getattr(namespace, self.name).default
 
+
+OPS: dict[str, Op] = {}
 
 _silent_devices: set[str] = set()
 
@@ -158,4 +161,5 @@ def define(
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"ddpm_fast::{name}", "CUDA")
     if not has_cuda and util.find_spec("triton") is not None:
         torch.library.impl(f"ddpm_fast::{name}", "cuda", triton)
-    return Op(name, reference)
+    OPS[name] = Op(name, kernel, reference)
+    return OPS[name]

@@ -134,7 +134,7 @@ def weighted_loss(
         loss = error.abs()
     else:
         loss = F.huber_loss(error, torch.zeros_like(error), reduction="none")
-    return loss.flatten(1).mean(1) * weight.flatten()
+    return loss.flatten(1).sum(1) * (weight.flatten() / max(pred[:1].numel(), 1))
 
 
 def weighted_loss_gradient(
@@ -257,8 +257,7 @@ def group_norm_silu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd): y in x's dtype and memory format, the statistics (N, groups) in the arithmetic's."""
     acc = _accumulator(x)
-    n, c = x.shape[:2]
-    grouped = x.to(acc).reshape(n, groups, -1)  # (N, G, C / G * H * W)
+    grouped = x.to(acc).reshape(len(x), groups, -1)  # (N, G, C / G * H * W)
     var, mean = torch.var_mean(grouped, dim=2, correction=0)
     rstd = (var + eps).rsqrt()
     y = _affine(_normalised(x, mean, rstd, groups), weight, bias, scale, shift)

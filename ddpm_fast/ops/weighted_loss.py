@@ -62,8 +62,8 @@ def weighted_loss(
     if not fits:
         door.refuse(
             "weighted_loss",
-            "pred (N, ...) floating, t (N,) int64, rows (T, 3) float32, and of x_start and noise (or keys (N, 2) int64) "
-            "at least one, of the shape of pred, on one device",
+            "pred (N, ...) floating, t (N,) int64, rows (T, 3) float32, and at least one of x_start and noise, of the "
+            "shape of pred, or keys (N, 2) int64 for noise, on one device",
             pred=pred,
             t=t,
             rows=rows,
@@ -86,9 +86,7 @@ def weighted_loss(
         loss = reference.weighted_loss(pred, x_start, noise, keys, t, rows, loss_type)
         return loss if reduction == "none" else loss.mean()
     scale = 1.0 if reduction == "none" else 1 / max(len(pred), 1)
-    loss, _ = function(
-        pred, x_start, noise, keys, t, rows, LOSS_TYPES.index(loss_type), scale, door.needs_grad(pred)
-    )
+    loss, _ = function(pred, x_start, noise, keys, t, rows, LOSS_TYPES.index(loss_type), scale, door.needs_grad(pred))
     return loss if reduction == "none" else loss.sum()
 
 
