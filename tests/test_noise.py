@@ -122,3 +122,31 @@ def test_derived_seeds_differ_in_the_bits_that_the_cpus_generator_takes():
 def test_empty_batches_are_empty():
     assert noise.gaussian((0, 3, 4, 4), seed=0).shape == (0, 3, 4, 4)
     assert noise.gaussian((3, 0), seed=0).shape == (3, 0)
+
+
+def test_a_hundred_million_draws_have_the_moments_tails_and_independence_of_a_normal():
+    """Bounds of five standard errors of the estimates, n = 1e8."""
+    n, chunks = 10**8, 20
+    size = n // chunks
+    sums, products, beyond, square_products = torch.zeros(6, dtype=torch.float64), 0.0, torch.zeros(5), 0.0
+    thresholds = torch.arange(1.0, 6.0)
+    for chunk in range(chunks):
+        keys = noise.sample_keys(100, seed=11, streams=3, sample_offset=100 * chunk)
+        x = noise.normal(keys, size // 100).flatten()
+        wide = x.double()
+        square = wide * wide
+        sums += torch.stack(
+            [wide.sum(), square.sum(), (square * wide).sum(), square.square().sum(), (square**3).sum(), x.abs().max()]
+        )
+        pairs = wide[0::2] * wide[1::2]  # the two of one Box-Muller pair
+        products += float(pairs.sum())
+        square_products += float(((square[0::2] - 1) * (square[1::2] - 1)).sum())
+        beyond += torch.stack([(x.abs() > threshold).sum() for threshold in thresholds])
+    moments = sums[:5] / n
+    variances = torch.tensor([1.0, 2.0, 15.0, 96.0, 10395.0 - 225.0])  # of x, x^2, x^3, x^4, x^6
+    expected = torch.tensor([0.0, 1.0, 0.0, 3.0, 15.0])
+    assert ((moments - expected).abs() < 5 * (variances / n).sqrt()).all()
+    tails = torch.erfc(thresholds.double() / 2**0.5)
+    assert ((beyond.double() / n - tails).abs() < 5 * (tails / n).sqrt()).all()
+    assert abs(products / (n / 2)) < 5 / (n / 2) ** 0.5
+    assert abs(square_products / (n / 2)) < 5 * 2 / (n / 2) ** 0.5

@@ -1,0 +1,179 @@
+"""The ops on the CPU beside the code that they replace: `pytest benchmarks/`.
+
+64 images of 3 x 256 x 256 in float32, channels-last, one thread. Peers keep the noise of a training step for the loss;
+here it is made again from its keys.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast import noise, ops, samplers, schedules
+from ddpm_fast.ops import reference
+
+N, C, H, W = SHAPE = (64, 3, 256, 256)
+BYTES = N * C * H * W * 4
+SCHEDULE = schedules.make("linear", 1000)
+T = 500
+
+
+def image(seed, shape=SHAPE, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return image(0)
+
+
+@pytest.fixture(scope="module")
+def pred():
+    return image(1)
+
+
+class Network(torch.nn.Module):
+    """Stands for the model: gives what it was given."""
+
+    channels, self_condition, random_or_learned_sinusoidal_cond = 3, False, False
+
+    def __init__(self, pred):
+        super().__init__()
+        self.pred = pred
+
+    def forward(self, x, t, x_self_cond=None):
+        return self.pred
+
+
+def lucidrains(pred):
+    module = pytest.importorskip("denoising_diffusion_pytorch")
+    return module.GaussianDiffusion(
+        Network(pred), image_size=H, timesteps=1000, objective="pred_noise", beta_schedule="linear"
+    )
+
+
+def diffusers_scheduler():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.DDPMScheduler(1000, variance_type="fixed_small", clip_sample=True)
+
+
+def copying(x):
+    out = torch.empty_like(x)
+    return lambda: out.copy_(x)
+
+
+@torch.inference_mode()
+def test_reverse_step(compare, x, pred):
+    rows = samplers.ancestral(SCHEDULE, "pred_noise").rows.float()
+    step = torch.tensor(len(SCHEDULE) - 1 - T)
+    keys, eps = noise.sample_keys(N, seed=0), image(2)
+    peer, scheduler = lucidrains(pred), diffusers_scheduler()
+
+    def plain(x, pred, eps):
+        return reference.reverse_step(x, pred, eps, None, None, None, None, step, rows, -1.0, 1.0)[0]
+
+    compiled = torch.compile(plain)
+    compiled_with_noise = torch.compile(lambda x, pred: plain(x, pred, torch.randn_like(x)))
+    contenders = {
+        "copy": copying(x),
+        "ddpm_fast, noise made inside": lambda: ops.reverse_step(x, pred, step, rows, keys=keys, clip=(-1, 1)),
+        "ddpm_fast, noise given": lambda: ops.reverse_step(x, pred, step, rows, noise=eps, clip=(-1, 1)),
+        "denoising_diffusion_pytorch p_sample": lambda: peer.p_sample(x, T),
+        "diffusers DDPMScheduler.step": lambda: scheduler.step(pred, T, x),
+        "torch.compile of the step, randn inside": lambda: compiled_with_noise(x, pred),
+        "torch.compile of the step, eager randn": lambda: compiled(x, pred, torch.randn_like(x)),
+        "randn alone": lambda: torch.randn_like(x),
+    }
+    moved = {"copy": 2 * BYTES, "ddpm_fast, noise made inside": 3 * BYTES, "ddpm_fast, noise given": 4 * BYTES}
+    compare("reverse_step", contenders, "ddpm_fast, noise made inside", 2 * BYTES, moved)
+
+
+@torch.inference_mode()
+def test_q_sample(compare, x, pred):
+    a, s = SCHEDULE.sqrt_alphas_cumprod, SCHEDULE.sqrt_one_minus_alphas_cumprod
+    rows = torch.stack([a, s], dim=1).float()
+    t = torch.arange(N) * 15
+    keys, eps = noise.sample_keys(N, seed=0), image(2)
+    peer, scheduler = lucidrains(pred), diffusers_scheduler()
+
+    def plain(x, eps):
+        return reference.q_sample(x, eps, None, t, rows, torch.float32)
+
+    compiled = torch.compile(plain)
+    compiled_with_noise = torch.compile(lambda x: plain(x, torch.randn_like(x)))
+    contenders = {
+        "copy": copying(x),
+        "ddpm_fast, noise made inside": lambda: ops.q_sample(x, t, rows, keys=keys),
+        "ddpm_fast, noise given": lambda: ops.q_sample(x, t, rows, noise=eps),
+        "denoising_diffusion_pytorch q_sample": lambda: peer.q_sample(x, t, torch.randn_like(x)),
+        "diffusers add_noise": lambda: scheduler.add_noise(x, torch.randn_like(x), t),
+        "torch.compile, randn inside": lambda: compiled_with_noise(x),
+        "torch.compile, eager randn": lambda: compiled(x, torch.randn_like(x)),
+    }
+    moved = {"copy": 2 * BYTES, "ddpm_fast, noise made inside": 2 * BYTES, "ddpm_fast, noise given": 3 * BYTES}
+    compare("q_sample", contenders, "ddpm_fast, noise made inside", 2 * BYTES, moved)
+
+
+def test_weighted_loss(compare, x, pred):
+    rows = torch.stack([torch.zeros(1000), torch.ones(1000), torch.rand(1000)], dim=1)
+    t = torch.arange(N) * 15
+    keys, eps = noise.sample_keys(N, seed=0), image(2)
+    pred = pred.clone().requires_grad_()
+
+    def backward(loss):
+        return torch.autograd.grad(loss, pred)
+
+    def eager():
+        loss = F.mse_loss(pred, eps, reduction="none").flatten(1).mean(1)
+        return backward((loss * rows[t, 2]).mean())
+
+    def plain(pred, eps):
+        return reference.weighted_loss(pred, None, eps, None, t, rows, "l2").mean()
+
+    compiled = torch.compile(plain)
+    contenders = {
+        "copy": copying(x),
+        "ddpm_fast, noise made again": lambda: backward(ops.weighted_loss(pred, t, rows, keys=keys, reduction="mean")),
+        "ddpm_fast, noise given": lambda: backward(ops.weighted_loss(pred, t, rows, noise=eps, reduction="mean")),
+        "eager mse_loss, mean, weight, mean": eager,
+        "torch.compile of the same": lambda: backward(compiled(pred, eps)),
+    }
+    moved = {"copy": 2 * BYTES, "ddpm_fast, noise made again": 2 * BYTES, "ddpm_fast, noise given": 3 * BYTES}
+    compare("weighted_loss, forward and backward", contenders, "ddpm_fast, noise made again", 2 * BYTES, moved)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
+@pytest.mark.parametrize("shape", [(8, 128, 32, 32), (8, 256, 16, 16), (1, 128, 256, 256)], ids=str)
+def test_group_norm_silu(compare, shape, backward):
+    x = image(0, shape, torch.bfloat16).requires_grad_(backward)
+    grad = image(1, shape, torch.bfloat16)
+    weight, bias = (torch.rand(shape[1], dtype=torch.bfloat16, requires_grad=backward) for _ in range(2))
+
+    def fused():
+        return ops.group_norm_silu(x, weight, bias, 32)
+
+    def eager():
+        return F.silu(F.group_norm(x, 32, weight, bias))
+
+    compiled = torch.compile(eager)
+
+    def run(function):
+        if not backward:
+            return lambda: function()
+        return lambda: torch.autograd.grad(function(), (x, weight, bias), grad)
+
+    contenders = {
+        "copy": copying(x.detach()),
+        "ddpm_fast": run(fused),
+        "eager": run(eager),
+        "torch.compile": run(compiled),
+    }
+    bytes_ = x.nbytes
+    moved = {"copy": 2 * bytes_, "ddpm_fast": (7 if backward else 3) * bytes_}
+    compare(
+        f"group_norm_silu, bfloat16 {shape}{', and backward' if backward else ''}",
+        contenders,
+        "ddpm_fast",
+        2 * bytes_,
+        moved,
+    )

@@ -1,0 +1,236 @@
+"""The public ops: what they take, what they refuse, and whom they ask to do it."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from calls import OPS, arguments, call
+
+import ddpm_fast
+from ddpm_fast import ops
+from ddpm_fast.ops import backends, native
+
+LAYOUTS = {
+    "batch last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "with gaps": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "reversed axes": lambda x: x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPS)
+def test_any_strides_give_the_same_result(op, layout):
+    args, kwargs = arguments(op, layout="contiguous")
+    change = LAYOUTS[layout]
+    strided = tuple(change(x) if isinstance(x, torch.Tensor) else x for x in args)
+    strided_kwargs = {k: change(v) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    assert torch.equal(call(op, strided, strided_kwargs), call(op, args, kwargs))
+
+
+@pytest.mark.parametrize("op", ["q_sample", "reverse_step", "group_norm_silu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_results_lie_in_memory_as_the_input_does(op, layout):
+    args, kwargs = arguments(op, layout=layout)
+    assert call(op, args, kwargs).stride() == args[0].stride()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_channels_last_and_contiguous_hold_the_same_numbers(op):
+    """The noise of keys too: it belongs to the pixel, not to where that lies."""
+    results = [call(op, *arguments(op, layout=layout)) for layout in ("contiguous", "channels last")]
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_dtype_of_the_data(dtype):
+    args, kwargs = arguments("group_norm_silu", dtype)
+    args = (args[0], args[1].float(), args[2].float(), args[3])  # parameters stay float32 under autocast
+    with torch.autocast("cpu", dtype):
+        assert ops.group_norm_silu(*args, **kwargs).dtype == dtype
+        pred, t, rows = arguments("weighted_loss", dtype)[0]
+        x_start, keys = arguments("weighted_loss")[1].values()
+        assert ops.weighted_loss(pred, t, rows, x_start=x_start, keys=keys).dtype == torch.float32
+
+
+def test_bytes_are_scaled_to_the_range_of_the_network():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    t, rows = torch.zeros(1, dtype=torch.int64), torch.tensor([[1.0, 0.0]])
+    x_t = ops.q_sample(pixels, t, rows, noise=torch.zeros(1, 1, 16, 16))
+    torch.testing.assert_close(x_t.flatten(), torch.linspace(-1, 1, 256))
+
+
+def test_a_dtype_may_be_asked_for():
+    args, kwargs = arguments("q_sample")
+    assert ops.q_sample(*args, **kwargs, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_next_input_of_the_network_is_x_in_its_dtype():
+    args, kwargs = arguments("reverse_step", torch.bfloat16)
+    step = ops.reverse_step(*args, **kwargs, return_model_input=True)
+    assert (step.x.dtype, step.model_input.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(step.model_input, step.x.bfloat16())
+
+
+def test_what_was_not_asked_for_is_none():
+    args, kwargs = arguments("reverse_step")
+    step = ops.reverse_step(*args, **kwargs | {"return_x_start": False})
+    assert step.x_start is None
+    assert step.model_input is None
+
+
+def test_keys_of_all_steps_are_indexed_like_the_rows():
+    (x, pred, _, rows), kwargs = arguments("reverse_step")
+    keys = torch.randint(2**62, (len(rows), len(x), 2))
+    t = torch.tensor([7, 0, 19])
+    whole = ops.reverse_step(x, pred, t, rows, **kwargs | {"keys": keys}).x
+    for n, step in enumerate(t.tolist()):
+        own = {"keys": keys[step, n : n + 1]} | {k: v[n : n + 1] for k, v in kwargs.items() if k in NAMES}
+        alone = ops.reverse_step(x[n : n + 1], pred[n : n + 1], torch.tensor(step), rows, **own).x
+        assert torch.equal(alone[0], whole[n])
+
+
+NAMES = ("x_start_prev", "variance")
+
+WRONG = {
+    "q_sample": {
+        "x_start": [torch.zeros(3, 4, 6, 5, dtype=torch.int32), torch.zeros(())],
+        "t": [torch.zeros(4, dtype=torch.int64), torch.zeros(3)],
+        "rows": [torch.zeros(20, 3), torch.zeros(20)],
+        "keys": [None, torch.zeros(4, 2, dtype=torch.int64), torch.zeros(3, 2)],
+        "noise": [torch.zeros(3, 4, 6, 5)],  # beside the keys
+    },
+    "weighted_loss": {
+        "pred": [torch.zeros(3, 4, dtype=torch.int64)],
+        "t": [torch.zeros(3)],
+        "rows": [torch.zeros(20, 2)],
+        "x_start": [torch.zeros(3, 4, 6, 4)],
+        "noise": [torch.zeros(3, 4, 6, 5)],
+    },
+    "reverse_step": {
+        "x": [torch.zeros(3, 4, 6, 5, dtype=torch.int32)],
+        "pred": [torch.zeros(3, 4, 6, 4)],
+        "step": [torch.zeros(2, dtype=torch.int64), torch.zeros(())],
+        "rows": [torch.zeros(20, 6)],  # with a variance, 8
+        "keys": [torch.zeros(19, 3, 2, dtype=torch.int64)],
+        "clip": [torch.zeros(3, 3)],
+        "variance": [torch.zeros(3)],
+    },
+    "vlb_terms": {"x_start": [torch.zeros(2)], "pred": [torch.zeros(2)], "rows": [torch.zeros(20, 6)]},
+    "group_norm_silu": {
+        "x": [torch.zeros(3)],
+        "weight": [torch.zeros(5)],
+        "groups": [3, 0],
+        "scale": [None, torch.zeros(4)],
+    },
+}
+POSITIONAL = {
+    "q_sample": ("x_start", "t", "rows"),
+    "weighted_loss": ("pred", "t", "rows"),
+    "reverse_step": ("x", "pred", "step", "rows"),
+    "vlb_terms": ("x_start", "x_t", "pred", "t", "rows"),
+    "group_norm_silu": ("x", "weight", "bias", "groups"),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value"), [(op, name, value) for op in WRONG for name in WRONG[op] for value in WRONG[op][name]]
+)
+def test_what_does_not_fit_is_an_error_that_says_what_is_needed(op, name, value):
+    args, kwargs = arguments(op)
+    everything = dict(zip(POSITIONAL[op], args, strict=True)) | kwargs | {name: value}
+    with pytest.raises(ValueError, match=rf"^{op} needs .*; got "):
+        getattr(ops, op)(**everything)
+
+
+def test_an_unknown_loss_or_reduction_is_an_error_that_names_the_known():
+    args, kwargs = arguments("weighted_loss")
+    with pytest.raises(ValueError, match="unknown loss_type 'l3'; there are l2, l1, huber"):
+        ops.weighted_loss(*args, **kwargs, loss_type="l3")
+    with pytest.raises(ValueError, match="unknown reduction 'sum'; there are none, mean"):
+        ops.weighted_loss(*args, **kwargs, reduction="sum")
+
+
+@pytest.mark.parametrize("wrong", [-1, 20, 2**40])
+@pytest.mark.parametrize("backend", [None, "default"])
+@pytest.mark.parametrize(
+    ("op", "place", "name"),
+    [("q_sample", 1, "t"), ("weighted_loss", 1, "t"), ("reverse_step", 2, "step"), ("vlb_terms", 3, "t")],
+)
+def test_an_index_outside_the_rows_is_an_error_that_names_it(op, place, name, backend, wrong, monkeypatch):
+    args, kwargs = arguments(op)
+    index = args[place].clone()
+    index[2] = wrong
+    args = (*args[:place], index, *args[place + 1 :])
+    if backend == "default":  # the kernel of devices that have no other
+        monkeypatch.setattr(backends.Op, "__call__", lambda self, like: self.kernel)
+    with pytest.raises(RuntimeError, match=rf"{op}: {name}\[2\] is {wrong}, but rows has 20, counted from 0"):
+        call(op, args, kwargs)
+
+
+# Who does the work
+
+
+def test_the_reference_can_be_asked_for():
+    args, kwargs = arguments("group_norm_silu")
+    with ddpm_fast.backend("reference"):
+        y = ops.group_norm_silu(args[0].requires_grad_(), *args[1:], **kwargs)
+    assert "ddpm_fast" not in y.grad_fn.name()
+    if native.modules["cpu"].available:
+        assert "ddpm_fast" in ops.group_norm_silu(*args, **kwargs).grad_fn.name()
+
+
+def test_float64_is_always_served_by_the_reference():
+    args, kwargs = arguments("group_norm_silu", torch.float64)
+    assert "ddpm_fast" not in ops.group_norm_silu(args[0].requires_grad_(), *args[1:], **kwargs).grad_fn.name()
+
+
+def test_an_unknown_backend_is_an_error_that_names_the_known():
+    match = "unknown backend 'metal'; there are reference, cpu, triton, cuda"
+    with pytest.raises(ValueError, match=match), ddpm_fast.backend("metal"):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_that_cannot_serve_is_an_error_with_the_reason(name):
+    args, kwargs = arguments("q_sample")
+    with ddpm_fast.backend(name), pytest.raises(RuntimeError, match=rf"q_sample: backend '{name}' was asked for, but"):
+        ops.q_sample(*args, **kwargs)
+    ops.q_sample(*args, **kwargs)
+
+
+def test_the_choice_ends_with_its_context_even_by_an_error():
+    with pytest.raises(KeyError), ddpm_fast.backend("reference"), ddpm_fast.backend(None):
+        raise KeyError
+    assert backends._chosen is None
+
+
+def test_the_environment_can_choose():
+    code = "from ddpm_fast.ops import backends; print(backends._chosen)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"DDPM_FAST_BACKEND": "reference"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "reference"
+    wrong = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"DDPM_FAST_BACKEND": "metal"}, capture_output=True, text=True
+    )
+    assert "unknown backend 'metal'; there are" in wrong.stderr
+
+
+def test_a_fallback_is_said_once(monkeypatch):
+    monkeypatch.setitem(native.modules, "cpu", native.Module(False, "the module was not built: no C++ compiler"))
+    monkeypatch.setattr(backends, "_silent_devices", set())
+    args, kwargs = arguments("q_sample")
+    with pytest.warns(UserWarning, match="plain PyTorch on cpu tensors: the module was not built: no C\\+\\+ compiler"):
+        ops.q_sample(*args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.q_sample(*args, **kwargs)
