@@ -1,6 +1,6 @@
 """Errors at the door: what was given, and what is needed."""
 
-__all__ = ["floating", "images", "require", "timesteps", "whole"]
+__all__ = ["floating", "images", "pixels", "require", "timesteps", "whole"]
 
 import operator
 from collections.abc import Callable
@@ -37,9 +37,15 @@ def whole(name: str, value: Any, low: int, limit: int | None = None) -> int:
 
 
 def floating(name: str, x: Tensor) -> None:
-    """Checks that x is floating, as all but the images of `forward` must be."""
+    """Checks that x is floating, in the range of the network."""
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating, in the range of the network, [-1, 1]; got {x.dtype}")
+
+
+def pixels(name: str, x: Tensor) -> None:
+    """Checks that x is floating or uint8."""
+    if x.dtype != torch.uint8:
+        floating(name, x)
 
 
 def images(img: Tensor, shape: tuple[int, ...], *, unit_range: bool) -> None:

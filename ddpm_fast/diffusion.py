@@ -229,11 +229,11 @@ class GaussianDiffusion(DiffusionProcess):
         """x_t = a_t x_0 + s_t eps. Ho et al. (2020), eq. 4.
 
         Args:
-            x_start: x_0, (N, ...), floating.
+            x_start: x_0, (N, ...); floating, or uint8, mapped to [-1, 1].
             t: (N,), int64, in [0, T).
             noise: eps, the shape of x_start; drawn as stream 0 of `seed` if None.
         """
-        checks.floating("x_start", x_start)
+        checks.pixels("x_start", x_start)
         checks.timesteps(t, len(x_start), self.num_timesteps)
         given = {"noise": noise}
         if noise is None:
@@ -260,7 +260,7 @@ class GaussianDiffusion(DiffusionProcess):
         """The weighted loss of predictions at the timesteps t.
 
         Args:
-            x_start: x_0 in [-1, 1], (N, C, ...).
+            x_start: x_0, (N, C, ...); floating in [-1, 1], or uint8, which the ops scale where they read it.
             t: (N,), int64, in [0, T).
             noise: eps; drawn as stream 0 of `seed` if None.
             offset_noise_strength: None for the module's own.
@@ -268,24 +268,11 @@ class GaussianDiffusion(DiffusionProcess):
         """
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be mean or none, got {loss_reduction!r}")
-        checks.floating("x_start", x_start)
-        return self._losses(
-            x_start, t, noise, offset_noise_strength, loss_reduction, self._source(x_start, seed, sample_offset)
-        )
-
-    def _losses(
-        self,
-        x_start: Tensor,
-        t: Tensor,
-        noise: Tensor | None,
-        offset_noise_strength: float | None,
-        loss_reduction: str,
-        source: noises.Source,
-    ) -> Tensor:
-        """`p_losses`, for images in uint8 too: the ops scale them where they read them."""
+        checks.pixels("x_start", x_start)
         checks.timesteps(t, len(x_start), self.num_timesteps)
         if noise is not None and noise.shape != x_start.shape:
             raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
+        source = self._source(x_start, seed, sample_offset)
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
         if noise is None and (strength or self.immiscible):
             noise = source.draw(0, x_start.shape)
@@ -337,8 +324,6 @@ class GaussianDiffusion(DiffusionProcess):
         Returns:
             The loss, float32.
         """
-        if loss_reduction not in ("mean", "none"):
-            raise ValueError(f"loss_reduction must be mean or none, got {loss_reduction!r}")
         checks.images(img, (self.channels, *self.image_size), unit_range=self.auto_normalize)
         times = self.random_times(len(img)) if times is None else times
         memory_format = noises.channels_last_format(img.ndim)
@@ -346,8 +331,9 @@ class GaussianDiffusion(DiffusionProcess):
             img = img.contiguous(memory_format=memory_format)
         if img.dtype != torch.uint8 or self.betas.dtype != torch.float32 or self.immiscible:
             img = self.normalize(img)
-        source = self._source(img, seed, sample_offset)
-        return self._losses(img, times, noise, offset_noise_strength, loss_reduction, source)
+        return self.p_losses(
+            img, times, noise, offset_noise_strength, loss_reduction, seed=seed, sample_offset=sample_offset
+        )
 
     # Sampling
 

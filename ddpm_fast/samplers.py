@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .checks import whole
-from .parameterization import VARIANCES, x_start_rows
+from .parameterization import variance as make_variance
+from .parameterization import x_start_rows
 from .schedules import NoiseSchedule
 
 
@@ -87,22 +88,16 @@ def ancestral(
     """
     t = strided_timesteps(len(schedule), len(schedule) if steps is None else steps)
     abar, abar_next = _abar_pairs(schedule, t)
-    alpha = abar / abar_next
-    beta = 1 - alpha
-    if variance == "beta":
-        sigma2 = beta.clone()
-    elif variance == "posterior":
-        sigma2 = beta * (1 - abar_next) / (1 - abar)
-    else:
-        raise ValueError(f"unknown variance {variance!r}; there are {', '.join(VARIANCES)}")
+    chain = NoiseSchedule((1 - abar / abar_next).flip(0))  # the visited timesteps are a schedule of their own
+    sigma2 = make_variance(chain, variance).flip(0)
     sigma2[-1] = 0  # the last step returns the mean
     u, w = (row[t] for row in x_start_rows(schedule, objective))
     return StepTable(
         t=t,
         u=u,
         w=w,
-        A=alpha.sqrt() * (1 - abar_next) / (1 - abar),
-        B=abar_next.sqrt() * beta / (1 - abar),
+        A=chain.posterior_mean_coef2.flip(0),
+        B=chain.posterior_mean_coef1.flip(0),
         C=torch.zeros_like(u),
         sigma=sigma2.sqrt(),
     )

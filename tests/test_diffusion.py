@@ -532,14 +532,21 @@ def test_images_that_cannot_be_are_refused(batch, message):
 
 
 def test_integers_are_refused_where_only_the_network_s_range_goes():
-    diffusion, x, t = make(), torch.zeros(2, 2, 4, 6, dtype=torch.uint8), torch.tensor([1, 2])
+    diffusion, x, t = make(), torch.zeros(2, 2, 4, 6, dtype=torch.int64), torch.tensor([1, 2])
     for call in (
         lambda: diffusion.q_sample(x, t),
         lambda: diffusion.p_losses(x, t),
         lambda: diffusion.interpolate(x, x),
     ):
-        with pytest.raises(ValueError, match=r"must be floating, .* \[-1, 1\]; got torch.uint8"):
+        with pytest.raises(ValueError, match=r"must be floating, .* \[-1, 1\]; got torch.int64"):
             call()
+
+
+def test_bytes_are_the_images_that_they_hold():
+    diffusion, t = make(), torch.tensor([1, 2])
+    x = torch.randint(256, (2, 2, 4, 6), dtype=torch.uint8)
+    for method in (diffusion.q_sample, diffusion.p_losses):
+        assert torch.equal(method(x, t, seed=3), method(diffusion.normalize(x), t, seed=3))
 
 
 def test_data_in_any_range_is_taken_without_normalisation():

@@ -72,7 +72,8 @@ def test_each_step_draws_its_own_timesteps_images_and_noise(tmp_path, monkeypatc
     p_losses = trainer.GaussianDiffusion.p_losses
 
     def spy(self, x_start, t, *arguments, seed, sample_offset):
-        seen.append((x_start, t, self.q_sample(x_start * 0, t, seed=seed, sample_offset=sample_offset)))
+        nothing = torch.zeros(x_start.shape)
+        seen.append((x_start, t, self.q_sample(nothing, t, seed=seed, sample_offset=sample_offset)))
         return p_losses(self, x_start, t, *arguments, seed=seed, sample_offset=sample_offset)
 
     monkeypatch.setattr(trainer.GaussianDiffusion, "p_losses", spy)

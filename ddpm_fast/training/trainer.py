@@ -80,7 +80,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
     data = open_data(config.data)
     _check_fit(diffusion, data[[0]])
     optimizer = make_optimizer(diffusion, c)
-    ema = AveragedModel(diffusion, multi_avg_fn=get_ema_multi_avg_fn(c.ema_decay))
+    ema = AveragedModel(diffusion)  # each step sets its decay
 
     first_step, history, recent, seconds = 0, [], [], 0.0
     if checkpoint.steps(folder):
