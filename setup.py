@@ -1,4 +1,6 @@
-"""Compiles csrc/ into ddpm_fast/_cpu.abi3.so and, given a CUDA toolkit, ddpm_fast/_cuda.abi3.so.
+"""Compiles csrc/ into ddpm_fast/_cpu*.abi3.so and, given a CUDA toolkit, ddpm_fast/_cuda.abi3.so.
+
+The sources of the CPU's kernels become a module for each instruction set; ddpm_fast.ops.native loads the one that fits.
 
 What cannot be compiled here is left out, and the package runs in plain PyTorch instead.
 DDPM_FAST_BUILD_CUDA=0 leaves CUDA out, =1 insists on it. TORCH_CUDA_ARCH_LIST names its architectures.
@@ -6,6 +8,7 @@ DDPM_FAST_BUILD_CUDA=0 leaves CUDA out, =1 insists on it. TORCH_CUDA_ARCH_LIST n
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -21,11 +24,17 @@ ROOT = Path(__file__).parent.absolute()
 TARGET = ("TORCH_TARGET_VERSION", "0x020d000000000000")  # the ABI of torch 2.13, which later ones keep
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
 # Products and sums are not fused unless the code says so: all backends then round alike, to the last bit.
-# Nobody reads the flags that floating-point exceptions leave; while they count, float16 is not vectorised.
+# Nobody reads errno or the flags that floating-point exceptions leave; while they count, loops are not vectorised.
 CXX_FLAGS = [
-    *("-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math"),
+    *("-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"),
     *("-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="),
 ]
+# What PyTorch asks of a processor before it calls it AVX2 or AVX512. Never -march=native: a wheel runs everywhere.
+INSTRUCTION_SETS = {"": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    fma = ["-mfma", "-mf16c"]
+    INSTRUCTION_SETS["_avx2"] = ["-mavx2", *fma]
+    INSTRUCTION_SETS["_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *fma]
 NVCC_FLAGS = ["-O3", "--fmad=false", *(f"-Xcompiler={flag}" for flag in CXX_FLAGS)]
 
 
@@ -66,24 +75,30 @@ def find_cuda() -> None:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(targets) + "+PTX")
 
 
-def cpu_module() -> Extension:
+def cpu_modules() -> list[Extension]:
     find_compiler()
     from torch.utils.cpp_extension import CppExtension
 
-    return CppExtension(
-        "ddpm_fast._cpu",
-        sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
-        include_dirs=[f"{ROOT}/csrc"],
-        define_macros=[TARGET],
-        extra_compile_args={"cxx": CXX_FLAGS},
-        py_limited_api=True,
-    )
+    return [
+        CppExtension(
+            f"ddpm_fast._cpu{name}",
+            sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+            include_dirs=[f"{ROOT}/csrc"],
+            define_macros=[TARGET],
+            extra_compile_args={"cxx": CXX_FLAGS + flags},
+            py_limited_api=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
 
 
-def cuda_module() -> Extension:
+def cuda_modules() -> list[Extension]:
     wish = os.environ.get("DDPM_FAST_BUILD_CUDA")
     if wish == "0":
         raise MissingError("DDPM_FAST_BUILD_CUDA was 0")
+    sources = sorted(str(path) for path in Path("csrc/cuda").glob("*") if path.suffix in (".cpp", ".cu"))
+    if not sources:
+        raise MissingError("these sources have no csrc/cuda")
     try:
         find_compiler()
         find_cuda()
@@ -93,24 +108,23 @@ def cuda_module() -> Extension:
         raise
     from torch.utils.cpp_extension import CUDAExtension
 
-    return CUDAExtension(
-        "ddpm_fast._cuda",
-        sorted(str(path) for path in Path("csrc/cuda").iterdir() if path.suffix in (".cpp", ".cu")),
-        include_dirs=[f"{ROOT}/csrc"],
-        define_macros=[
-            TARGET,
-            ("USE_CUDA", None),
-        ],  # without USE_CUDA, PyTorch's headers hide their CUDA part
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-        py_limited_api=True,
-    )
+    return [
+        CUDAExtension(
+            "ddpm_fast._cuda",
+            sources,
+            include_dirs=[f"{ROOT}/csrc"],
+            define_macros=[TARGET, ("USE_CUDA", None)],  # without it, PyTorch's headers hide their CUDA part
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            py_limited_api=True,
+        )
+    ]
 
 
 modules, missing = [], {}
 # CUDA first: cpp_extension looks for CUDA_HOME once, when it is imported.
-for name, module in {"cuda": cuda_module, "cpu": cpu_module}.items():
+for name, make in {"cuda": cuda_modules, "cpu": cpu_modules}.items():
     try:
-        modules.append(module())
+        modules += make()
     except MissingError as reason:
         missing[name] = str(reason)
         print(f"ddpm_fast: no {name} kernels: {reason}", file=sys.stderr)
@@ -132,6 +146,14 @@ commands = {"build_py": BuildPy}
 if modules:
     from torch.utils.cpp_extension import BuildExtension
 
-    commands["build_ext"] = BuildExtension
+    class BuildExt(BuildExtension):
+        """Keeps the objects of each module apart: they are made from the same sources."""
+
+        def build_extension(self, extension: Extension) -> None:
+            shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
+            super().build_extension(extension)
+            self.build_temp = shared
+
+    commands["build_ext"] = BuildExt
 
 setup(ext_modules=modules, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": "cp311"}})

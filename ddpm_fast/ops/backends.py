@@ -57,7 +57,7 @@ def availability(name: str) -> tuple[bool, str]:
     if name == "reference":
         return True, ""
     if name != "triton":
-        available, reason = native.modules[name]
+        available, reason, _ = native.modules[name]
         if available and name == "cuda" and not torch.cuda.is_available():
             return False, "built and loaded, but PyTorch finds no NVIDIA GPU"
         return available, reason

@@ -1,7 +1,8 @@
 """The compiled modules: loads them when it is imported, and keeps why one is absent.
 
 A module is a shared library with no Python in it. Loading it registers its kernels with PyTorch's dispatcher,
-which from then on prefers them to the reference; where there is none, the reference serves.
+which from then on prefers them to the reference; where there is none, the reference serves. Of the CPU's modules, one
+for each instruction set, the one is loaded that PyTorch would choose (ATEN_CPU_CAPABILITY is heeded).
 """
 
 import json
@@ -16,13 +17,14 @@ __all__ = ["Module", "modules"]
 class Module(NamedTuple):
     available: bool
     reason: str  # why it is not available; empty if it is
+    file: str = ""  # which library it is, if it is available
 
 
 def _load(name: str) -> Module:
     if name == "cuda" and torch.version.cuda is None:
         return Module(False, f"torch has no CUDA ({torch.__version__})")
     package = Path(__file__).parents[1]
-    library, record = package / f"_{name}.abi3.so", package / "_build.json"
+    library, record = package / f"_{name}{_suffix(name)}.abi3.so", package / "_build.json"
     if not record.exists():
         return Module(False, f"{package} holds sources that were never built: install them with pip")
     if not library.exists():
@@ -32,7 +34,12 @@ def _load(name: str) -> Module:
         torch.ops.load_library(library)
     except OSError as error:
         return Module(False, f"the module does not load: {error.__cause__}")
-    return Module(True, "")
+    return Module(True, "", library.name)
+
+
+def _suffix(name: str) -> str:
+    capability = torch.backends.cpu.get_cpu_capability() if name == "cpu" else ""
+    return {"AVX512": "_avx512", "AVX2": "_avx2"}.get(capability, "")
 
 
 modules = {name: _load(name) for name in ("cpu", "cuda")}

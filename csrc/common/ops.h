@@ -1,0 +1,237 @@
+// The ops, from tensors to kernels, for any backend: a type with functions `run(const QSample&)` and so on, and a
+// `Guard` that is made from a tensor and lives as long as the call (CUDA's makes the tensor's device the current one).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "common/inputs.h"
+
+namespace ddpm_fast {
+
+using MaybeTensor = std::optional<Tensor>;
+
+inline const void* data_of(const Tensor& x) { return x.const_data_ptr(); }
+inline const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
+inline const int64_t* integers_of(const Tensor& x) { return x.const_data_ptr<int64_t>(); }
+inline const int64_t* integers_of(const MaybeTensor& x) { return x ? integers_of(*x) : nullptr; }
+inline const float* floats_of(const Tensor& x) { return x.const_data_ptr<float>(); }
+inline const float* floats_of(const MaybeTensor& x) { return x ? floats_of(*x) : nullptr; }
+inline float* result_of(Tensor& x) { return x.mutable_data_ptr<float>(); }
+// Results that nobody asked for are empty tensors, and null to the kernel.
+inline void* data_if(bool wanted, Tensor& x) { return wanted ? x.mutable_data_ptr() : nullptr; }
+
+template <class Backend>
+struct Ops {
+  using Guard = typename Backend::Guard;
+
+  static Tensor fold_in(const Tensor& keys, const Tensor& data) {
+    const Inputs inputs("fold_in", "data", data);
+    inputs.check_array("data", data, ScalarType::Long, {-1});
+    inputs.check_array("keys", keys, ScalarType::Long, {data.size(0), 2});
+    const Guard guard(keys);
+    Tensor out = inputs.array(ScalarType::Long, {data.size(0), 2});
+    if (out.numel() == 0) return out;
+    Backend::run(FoldIn{integers_of(keys), integers_of(data), out.mutable_data_ptr<int64_t>(), data.size(0)});
+    return out;
+  }
+
+  static Tensor normal(const Tensor& keys, int64_t size) {
+    const Inputs inputs("normal", "keys", keys);
+    inputs.check_array("keys", keys, ScalarType::Long, {-1, 2});
+    STD_TORCH_CHECK(size >= 0, "normal: size is ", size);
+    const Guard guard(keys);
+    Tensor out = inputs.array(ScalarType::Float, {keys.size(0), size});
+    if (out.numel() == 0) return out;
+    Backend::run(Normal{integers_of(keys), result_of(out), keys.size(0), size});
+    return out;
+  }
+
+  static Tensor q_sample(const Tensor& x_start, const MaybeTensor& noise, const MaybeTensor& keys, const Tensor& t,
+      const Tensor& rows, ScalarType dtype) {
+    const Inputs inputs("q_sample", "x_start", x_start);
+    const bool bytes = x_start.scalar_type() == ScalarType::Byte;
+    STD_TORCH_CHECK(is_any_of(dtype, floats), "q_sample: dtype is ", dtype);
+    inputs.check_data("x_start", x_start, {dtype, ScalarType::Float, ScalarType::Byte});
+    inputs.check_data("noise", noise, {bytes ? ScalarType::Float : x_start.scalar_type()});
+    inputs.check_array("keys", keys, ScalarType::Long, {inputs.samples(), 2});
+    inputs.check_array("t", t, ScalarType::Long, {inputs.samples()});
+    inputs.check_array("rows", rows, ScalarType::Float, {-1, 2});
+    inputs.check_index("t", t, rows.size(0));
+    STD_TORCH_CHECK(noise.has_value() != keys.has_value(), "q_sample: give either noise or keys");
+    const Guard guard(x_start);
+    Tensor out = inputs.like_first(dtype);
+    if (out.numel() == 0) return out;
+    Backend::run(QSample{data_of(x_start), data_of(noise), integers_of(keys), integers_of(t), floats_of(rows),
+        out.mutable_data_ptr(), inputs.shape(), rows.size(0), type_of(x_start.scalar_type()), type_of(dtype)});
+    return out;
+  }
+
+  static std::tuple<Tensor, Tensor> weighted_loss(const Tensor& pred, const MaybeTensor& x_start,
+      const MaybeTensor& noise, const MaybeTensor& keys, const Tensor& t, const Tensor& rows, int64_t loss_type,
+      double scale, bool with_grad) {
+    const Inputs inputs("weighted_loss", "pred", pred);
+    inputs.check_data("pred", pred, floats);
+    const ScalarType type = pred.scalar_type();
+    const bool bytes = x_start && x_start->scalar_type() == ScalarType::Byte;
+    ScalarType data = type;
+    if (x_start && !bytes) {
+      data = x_start->scalar_type();
+    } else if (noise) {
+      data = noise->scalar_type();
+    } else if (bytes) {
+      data = ScalarType::Float;
+    }
+    STD_TORCH_CHECK(data == ScalarType::Float || (data == type && !bytes), "weighted_loss: data in ", data,
+        " do not go with pred ", describe(pred));
+    inputs.check_data("x_start", x_start, {bytes ? ScalarType::Byte : data});
+    inputs.check_data("noise", noise, {data});
+    inputs.check_array("keys", keys, ScalarType::Long, {inputs.samples(), 2});
+    inputs.check_array("t", t, ScalarType::Long, {inputs.samples()});
+    inputs.check_array("rows", rows, ScalarType::Float, {-1, 3});
+    inputs.check_index("t", t, rows.size(0));
+    STD_TORCH_CHECK(x_start || noise || keys, "weighted_loss: there is no target");
+    STD_TORCH_CHECK(!(noise && keys), "weighted_loss: give either noise or keys");
+    STD_TORCH_CHECK(0 <= loss_type && loss_type < 3, "weighted_loss: loss_type is ", loss_type);
+    const Guard guard(pred);
+    Tensor loss = inputs.array(ScalarType::Float, {inputs.samples()});
+    Tensor grad = with_grad ? inputs.like_first(type) : inputs.array(type, {0});
+    if (loss.numel() == 0) return {loss, grad};
+    Backend::run(WeightedLoss{data_of(pred), data_of(x_start), data_of(noise), integers_of(keys), integers_of(t),
+        floats_of(rows), result_of(loss), data_if(with_grad, grad), inputs.shape(), rows.size(0),
+        static_cast<float>(scale), static_cast<LossType>(loss_type), type_of(type), type_of(data), bytes});
+    return {loss, grad};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> reverse_step(const Tensor& x, const Tensor& pred, const MaybeTensor& noise,
+      const MaybeTensor& keys, const MaybeTensor& x_start_prev, const MaybeTensor& variance, const MaybeTensor& bounds,
+      const Tensor& step, const Tensor& rows, double low, double high, bool return_x_start, bool return_model_input) {
+    const Inputs inputs("reverse_step", "x", x);
+    const ScalarType type = x.scalar_type(), pred_type = pred.scalar_type();
+    inputs.check_data("x", x, floats);
+    inputs.check_data("pred", pred, floats);
+    STD_TORCH_CHECK(type == ScalarType::Float || type == pred_type, "reverse_step: x ", describe(x),
+        " does not go with pred ", describe(pred));
+    inputs.check_data("noise", noise, {type});
+    inputs.check_data("x_start_prev", x_start_prev, {type});
+    inputs.check_data("variance", variance, {pred_type});
+    inputs.check_array("bounds", bounds, ScalarType::Float, {inputs.samples(), 2});
+    inputs.check_array("rows", rows, ScalarType::Float, {-1, variance ? 8 : 6});
+    const bool shared = step.dim() == 0;
+    if (shared) {
+      inputs.check_array("step", step, ScalarType::Long, {});
+    } else {
+      inputs.check_array("step", step, ScalarType::Long, {inputs.samples()});
+    }
+    inputs.check_index("step", step, rows.size(0));
+    const int64_t key_steps = keys && keys->dim() > 0 && keys->size(0) == 1 ? 1 : rows.size(0);
+    inputs.check_array("keys", keys, ScalarType::Long, {key_steps, inputs.samples(), 2});
+    STD_TORCH_CHECK(!(noise && keys), "reverse_step: give either noise or keys");
+    const Guard guard(x);
+    Tensor x_next = inputs.like_first(type);
+    Tensor x_start = return_x_start ? inputs.like_first(type) : inputs.array(type, {0});
+    Tensor model_input = return_model_input ? inputs.like_first(pred_type) : inputs.array(pred_type, {0});
+    if (x_next.numel() == 0) return {x_next, x_start, model_input};
+    Backend::run(ReverseStep{data_of(x), data_of(pred), data_of(noise), integers_of(keys), data_of(x_start_prev),
+        data_of(variance), floats_of(bounds), integers_of(step), floats_of(rows), x_next.mutable_data_ptr(),
+        data_if(return_x_start, x_start), data_if(return_model_input, model_input), inputs.shape(), rows.size(0),
+        rows.size(1), key_steps, static_cast<float>(low), static_cast<float>(high), shared, type_of(type),
+        type_of(pred_type)});
+    return {x_next, x_start, model_input};
+  }
+
+  static Tensor vlb_terms(const Tensor& x_start, const Tensor& x_t, const Tensor& pred, const MaybeTensor& variance,
+      const Tensor& t, const Tensor& rows, double low, double high) {
+    const Inputs inputs("vlb_terms", "x_t", x_t);
+    inputs.check_data("x_t", x_t, {ScalarType::Float});
+    inputs.check_data("x_start", x_start, {ScalarType::Float, ScalarType::Byte});
+    inputs.check_data("pred", pred, floats);
+    inputs.check_data("variance", variance, {pred.scalar_type()});
+    inputs.check_array("t", t, ScalarType::Long, {inputs.samples()});
+    inputs.check_array("rows", rows, ScalarType::Float, {-1, variance ? 8 : 6});
+    inputs.check_index("t", t, rows.size(0));
+    const Guard guard(x_t);
+    Tensor out = inputs.array(ScalarType::Float, {inputs.samples()});
+    if (out.numel() == 0) return out;
+    Backend::run(VlbTerms{data_of(x_start), floats_of(x_t), data_of(pred), data_of(variance), integers_of(t),
+        floats_of(rows), result_of(out), inputs.shape(), rows.size(0), rows.size(1), static_cast<float>(low),
+        static_cast<float>(high), type_of(pred.scalar_type()), x_start.scalar_type() == ScalarType::Byte});
+    return out;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+      const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps, bool silu) {
+    const Inputs inputs("group_norm_silu", "x", x, 2);
+    const ScalarType type = x.scalar_type();
+    inputs.check_data("x", x, floats);
+    check_parameters("group_norm_silu", inputs, x, weight, bias, scale, shift, groups);
+    const Guard guard(x);
+    const Shape shape = inputs.of_channels();
+    Tensor y = inputs.like_first(type);
+    Tensor mean = inputs.array(ScalarType::Float, {shape.samples, groups});
+    Tensor rstd = inputs.array(ScalarType::Float, {shape.samples, groups});
+    if (mean.numel() == 0) return {y, mean, rstd};
+    Backend::run(GroupNormSilu{data_of(x), data_of(weight), data_of(bias), data_of(scale), data_of(shift),
+        y.mutable_data_ptr(), result_of(mean), result_of(rstd), shape, groups, static_cast<float>(eps), silu,
+        type_of(type), type_of(weight.scalar_type())});
+    return {y, mean, rstd};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad,
+      const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias,
+      const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu) {
+    const Inputs inputs("group_norm_silu_backward", "x", x, 2);
+    const ScalarType type = x.scalar_type(), parameter_type = weight.scalar_type();
+    inputs.check_data("x", x, floats);
+    inputs.check_data("grad", grad, {type});
+    check_parameters("group_norm_silu_backward", inputs, x, weight, bias, scale, shift, groups);
+    const Shape shape = inputs.of_channels();
+    inputs.check_array("mean", mean, ScalarType::Float, {shape.samples, groups});
+    inputs.check_array("rstd", rstd, ScalarType::Float, {shape.samples, groups});
+    const Guard guard(x);
+    Tensor grad_x = inputs.like_first(type);
+    Tensor grad_weight = inputs.array(parameter_type, {shape.channels});
+    Tensor grad_bias = inputs.array(parameter_type, {shape.channels});
+    const auto of_sample = [&] {
+      return scale ? inputs.array(type, {shape.samples, shape.channels}) : inputs.array(type, {0});
+    };
+    Tensor grad_scale = of_sample(), grad_shift = of_sample();
+    Tensor workspace = inputs.array(ScalarType::Float, {shape.samples, shape.channels, 2});
+    if (shape.channels > 0) {
+      Backend::run(GroupNormSiluBackward{data_of(grad), data_of(x), floats_of(mean), floats_of(rstd), data_of(weight),
+          data_of(bias), data_of(scale), data_of(shift), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
+          grad_bias.mutable_data_ptr(), data_if(scale.has_value(), grad_scale), data_if(scale.has_value(), grad_shift),
+          result_of(workspace), shape, groups, silu, type_of(type), type_of(parameter_type)});
+    }
+    return {grad_x, grad_weight, grad_bias, grad_scale, grad_shift};
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& library) {
+    library.impl("fold_in", TORCH_BOX(&Ops::fold_in));
+    library.impl("normal", TORCH_BOX(&Ops::normal));
+    library.impl("q_sample", TORCH_BOX(&Ops::q_sample));
+    library.impl("weighted_loss", TORCH_BOX(&Ops::weighted_loss));
+    library.impl("reverse_step", TORCH_BOX(&Ops::reverse_step));
+    library.impl("vlb_terms", TORCH_BOX(&Ops::vlb_terms));
+    library.impl("group_norm_silu", TORCH_BOX(&Ops::group_norm_silu));
+    library.impl("group_norm_silu_backward", TORCH_BOX(&Ops::group_norm_silu_backward));
+  }
+
+ private:
+  static void check_parameters(const char* op, const Inputs& inputs, const Tensor& x, const Tensor& weight,
+      const Tensor& bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups) {
+    const int64_t channels = x.size(1);
+    const ScalarType type = weight.scalar_type();
+    STD_TORCH_CHECK(groups > 0 && channels % groups == 0, op, ": ", groups, " groups do not divide ", describe(x));
+    STD_TORCH_CHECK(type == ScalarType::Float || type == x.scalar_type(), op, ": weight ", describe(weight),
+        " does not go with ", describe(x));
+    inputs.check_array("weight", weight, type, {channels});
+    inputs.check_array("bias", bias, type, {channels});
+    STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": give both scale and shift, or neither");
+    inputs.check_array("scale", scale, x.scalar_type(), {x.size(0), channels});
+    inputs.check_array("shift", shift, x.scalar_type(), {x.size(0), channels});
+  }
+};
+
+}  // namespace ddpm_fast

@@ -1,0 +1,94 @@
+// Samples cut into tiles, which threads share: a batch of one large image keeps them all busy.
+//
+// Where a tile begins and ends follows from the sample's shape alone, and so does the order of sums.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/noise.h"
+#include "common/arguments.h"
+
+namespace ddpm_fast::cpu {
+
+constexpr int64_t tile_size = 2048;   // elements: a few arrays of them lie in the first cache
+constexpr int64_t grain_size = 16384;  // elements a thread is worth waking for
+
+// The sum of the floats, which has room for a multiple of 16; in 16 lanes, whatever vectors there are.
+inline double sum(float* __restrict__ values, int64_t size) {
+  typedef float Lanes __attribute__((vector_size(64)));
+  std::fill(values + size, values + round_up(size, 16), 0.0f);
+  Lanes total = {};
+  for (int64_t i = 0; i < size; i += 16) {
+    Lanes part;
+    __builtin_memcpy(&part, values + i, sizeof part);
+    total += part;
+  }
+  double result = 0;
+  for (int lane = 0; lane < 16; ++lane) result += total[lane];
+  return result;
+}
+
+// out[c * pixels + p] = in[p * channels + c]
+inline void transpose(const float* __restrict__ in, int64_t channels, int64_t pixels, float* __restrict__ out) {
+  if (channels == 3) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      out[p] = in[3 * p];
+      out[pixels + p] = in[3 * p + 1];
+      out[2 * pixels + p] = in[3 * p + 2];
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = 0; p < pixels; ++p) out[c * pixels + p] = in[p * channels + c];
+  }
+}
+
+// Calls body(sample, index, size, noise) for runs of at most tile_size elements, which begin `index` elements into the
+// tensor, and adds up what it returns into sums, one a sample, if not null. key_of(sample) is null if there are no keys,
+// and so is noise.
+template <class KeyOf, class Body>
+void for_each_run(const Shape& shape, const KeyOf& key_of, double* sums, const Body& body) {
+  const int64_t size = shape.channels * shape.plane;
+  const bool with_noise = key_of(0) != nullptr;
+  // Noise is counted by pixels: a tile of a planar sample is some pixels of all channels.
+  const bool by_pixels = with_noise && shape.planar;
+  const int64_t extent = by_pixels ? shape.plane : size, width = by_pixels ? shape.channels : 1;
+  const int64_t step = std::max<int64_t>(tile_size / width / 4 * 4, 4);
+  const int64_t tiles = (extent + step - 1) / step;
+  std::vector<double> partial(sums ? shape.samples * tiles : 0);
+
+  const int64_t grain = std::max<int64_t>(grain_size / (std::min(step, extent) * width), 1);
+  torch::stable::parallel_for(0, shape.samples * tiles, grain, [&](int64_t begin, int64_t end) {
+    const int64_t room = with_noise ? round_up(step * width, noise_step) : 0;
+    std::vector<float> noise(room), planes(by_pixels ? room : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / tiles, first = i % tiles * step, count = std::min(step, extent - first);
+      if (with_noise) make_noise(key_of(n), first * width, count * width, noise.data());
+      double total = 0;
+      if (by_pixels) {
+        transpose(noise.data(), width, count, planes.data());
+        for (int64_t c = 0; c < width; ++c) {
+          total += body(n, n * size + c * extent + first, count, planes.data() + c * count);
+        }
+      } else {
+        total = body(n, n * size + first, count, with_noise ? noise.data() : nullptr);
+      }
+      if (sums) partial[i] = total;
+    }
+  });
+  for (int64_t n = 0; sums && n < shape.samples; ++n) {
+    sums[n] = 0;
+    for (int64_t i = 0; i < tiles; ++i) sums[n] += partial[n * tiles + i];
+  }
+}
+
+// The same without noise from keys.
+template <class Body>
+void for_each_run(const Shape& shape, double* sums, const Body& body) {
+  for_each_run(shape, [](int64_t) { return static_cast<const int64_t*>(nullptr); }, sums, body);
+}
+
+}  // namespace ddpm_fast::cpu
