@@ -1,0 +1,10 @@
+"""The ops as Triton kernels, for NVIDIA's and AMD's GPUs. Imported when one is called, and not before.
+
+Each op is a function with the arguments of the op of its name, which come checked and dense (see ../backends.py).
+A timestep that is not in the table gives NaN: a kernel here has no way to fail.
+"""
+
+from .q_sample import q_sample
+from .random import fold_in, normal
+
+__all__ = ["fold_in", "normal", "q_sample"]
