@@ -1,16 +1,6 @@
 """What the ops ask of their tensors, and how they bring them into the form that kernels take."""
 
-__all__ = [
-    "FLOATING",
-    "as_given",
-    "check_index",
-    "describe",
-    "memory_format",
-    "needs_grad",
-    "noise_fits",
-    "refuse",
-    "table",
-]
+__all__ = ["FLOATING", "as_given", "check_index", "describe", "memory_format", "needs_grad", "noise_fits", "refuse", "table"]
 
 from typing import NoReturn
 

@@ -86,7 +86,9 @@ def weighted_loss(
         loss = reference.weighted_loss(pred, x_start, noise, keys, t, rows, loss_type)
         return loss if reduction == "none" else loss.mean()
     scale = 1.0 if reduction == "none" else 1 / max(len(pred), 1)
-    loss, _ = function(pred, x_start, noise, keys, t, rows, LOSS_TYPES.index(loss_type), scale, door.needs_grad(pred))
+    loss, _ = function(
+        pred, x_start, noise, keys, t, rows, LOSS_TYPES.index(loss_type), scale, door.needs_grad(pred)
+    )
     return loss if reduction == "none" else loss.sum()
 
 

@@ -1,8 +1,8 @@
-r"""Gaussian noise in registers: Triton's own philox4x32-10, and Box-Muller by polynomials.
+"""Gaussian noise in registers: philox4x32-10, and Box-Muller by polynomials.
 
-Words and uniforms are those of `ddpm_fast.noise`, bit for bit; logarithm, cosine and sine differ from exact ones by about
-one unit in the last place. Triton's own would not do: near u = 1 its logarithm has no relative precision, and its sine
-and cosine carry a slow path for large arguments, with an array in memory. The coefficients are those of
+Words and uniforms are those of `ddpm_fast.noise`, bit for bit; logarithm, cosine and sine differ from exact ones by
+about one unit in the last place. Triton's own would not do: near u = 1 its logarithm has no relative precision, and
+its sine and cosine carry a slow path for large arguments, with an array in memory. The coefficients are those of
 csrc/common/box_muller.h.
 """
 
@@ -118,12 +118,12 @@ def pixel_group_noise(key, first, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     counter = offset + (first // 4 + tl.arange(0, BLOCK // 4)) * CHANNELS
     elements = ()
     for block in tl.static_range(CHANNELS):
-        elements = elements + normals(seed, counter + block)
+        elements += normals(seed, counter + block)
     noise = ()
     for c in tl.static_range(CHANNELS):
         even = tl.join(elements[c], elements[2 * CHANNELS + c])
         odd = tl.join(elements[CHANNELS + c], elements[3 * CHANNELS + c])
-        noise = noise + (tl.join(even, odd).reshape(BLOCK),)
+        noise += (tl.join(even, odd).reshape(BLOCK),)
     return noise
 
 

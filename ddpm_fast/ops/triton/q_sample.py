@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import memory_format
 from .noise import tile_noise
-from .tiles import from_memory, grid, load_key, locate, part_of_program, table_row, tiling
+from .tiles import grid, load_key, load_tile, locate, part_of_program, store, table_row, tiling
 
 
 def q_sample(
@@ -41,13 +41,13 @@ def _q_sample(
 ):
     sample = tl.program_id(0)
     tile, start, element, mask = locate(sample, part_of_program(), extent, channels, LAYOUT, LANES, BLOCK, VECTOR)
+    x = load_tile(x_start, start, extent, element, mask, LANES)
+    if noise is not None:
+        z = load_tile(noise, start, extent, element, mask, LANES)
     row, valid = table_row(rows, tl.load(t + sample), timesteps, 2)
     a = tl.load(row, mask=valid, other=float("nan"))
     s = tl.load(row + 1, mask=valid, other=float("nan"))
     if noise is None:
-        made = tile_noise(load_key(keys, sample, True), tile, channels, LAYOUT, BLOCK, VECTOR)
+        z = tile_noise(load_key(keys, sample, True), tile, channels, LAYOUT, BLOCK, VECTOR)
     for lane in tl.static_range(LANES):
-        at = start + lane * extent
-        x = from_memory(tl.load(x_start + at + element, mask=mask))
-        z = made[lane] if noise is None else tl.load(noise + at + element, mask=mask).to(tl.float32)
-        tl.store(out + at + element, (a * x + s * z).to(out.dtype.element_ty), mask=mask)
+        store(out, start + lane * extent, element, mask, a * x[lane] + s * z[lane])

@@ -1,8 +1,8 @@
 """How the samples of a call are divided among programs.
 
-A program works on tiles of one sample: BLOCK neighbouring elements, of which a thread takes VECTOR at a time. Where noise
-is made for planar tensors, it is counted across the channels and memory runs along them: then a tile is BLOCK pixels of
-one or several channels, its LANES.
+A program works on tiles of one sample: BLOCK neighbouring elements, of which a thread takes VECTOR at a time. Where
+noise is made for planar tensors, it is counted across the channels and memory runs along them: then a tile is BLOCK
+pixels of one or several channels, its LANES.
 
     linear      any tensor, 1 lane: noise is counted as memory runs, or not made here
     pairs       2 channels, 2 lanes
@@ -10,10 +10,10 @@ one or several channels, its LANES.
     quads       a multiple of 4 channels, 4 lanes
     scattered   any other number of channels, 1 lane; each block of four normals is made by up to four threads
 
-A sample lies as `channels` runs of `extent` elements: its planes, or where the layout is linear one run that is all of it.
+A sample lies as `channels` runs of `extent` elements: its planes, or where the layout is linear one run, all of it.
 """
 
-__all__ = ["Tiling", "grid", "locate", "table_row", "tiling"]
+__all__ = ["Tiling", "grid", "load_key", "load_tile", "locate", "part_of_program", "store", "table_row", "tiling"]
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -86,7 +86,7 @@ def locate(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Of a sample's tile: (its channel, its first element there), where it begins in memory, its elements, their mask."""
+    """Of a sample's tile: (its first channel, its first element there), its start in memory, its elements and mask."""
     if LAYOUT == "quads" or LAYOUT == "scattered":
         channel = index % (channels // LANES) * LANES
         index = index // (channels // LANES)
@@ -111,9 +111,19 @@ def load_key(keys, row, valid):
 
 
 @triton.jit
-def from_memory(x):
-    """In float32, bytes from [0, 255] mapped to [-1, 1]."""
-    y = x.to(tl.float32)
-    if x.dtype == tl.uint8:
-        y = y * (2 / 255) - 1
-    return y
+def load_tile(x, start, extent, element, mask, LANES: tl.constexpr):
+    """A tensor (BLOCK,) for each lane, in float32, bytes mapped from [0, 255] to [-1, 1]. Call it before noise is made,
+    which takes the time that memory needs."""
+    values = ()
+    for lane in tl.static_range(LANES):
+        value = tl.load(x + (start + lane * extent) + element, mask=mask)
+        if x.dtype.element_ty == tl.uint8:
+            values += (value.to(tl.float32) * (2 / 255) - 1,)
+        else:
+            values += (value.to(tl.float32),)
+    return values
+
+
+@triton.jit
+def store(x, at, element, mask, value):
+    tl.store(x + at + element, value.to(x.dtype.element_ty), mask=mask)
