@@ -7,6 +7,7 @@ A timestep that is not in the table gives NaN: a kernel here has no way to fail.
 from .q_sample import q_sample
 from .random import fold_in, normal
 from .reverse_step import reverse_step
+from .vlb_terms import vlb_terms
 from .weighted_loss import weighted_loss
 
-__all__ = ["fold_in", "normal", "q_sample", "reverse_step", "weighted_loss"]
+__all__ = ["fold_in", "normal", "q_sample", "reverse_step", "vlb_terms", "weighted_loss"]
