@@ -149,7 +149,8 @@ def define(
     """
 
     def triton(*args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(f"ddpm_fast.ops.triton.{name}"), name)(*args, **kwargs)
+        with torch.accelerator.device_index(args[0].device.index):  # Triton launches on the current device
+            return getattr(import_module("ddpm_fast.ops.triton"), name)(*args, **kwargs)
 
     for namespace, default in (("ddpm_fast", kernel), ("ddpm_fast_triton", triton)):
         qualified = f"{namespace}::{name}"

@@ -1,0 +1,13 @@
+"""The ops as Triton kernels, for NVIDIA's and AMD's GPUs. Imported when one is called, and not before.
+
+Each op is a function with the arguments of the op of its name, which come checked and dense (see ../backends.py).
+A timestep that is not in the table gives NaN: a kernel here has no way to fail.
+"""
+
+from .q_sample import q_sample
+from .random import fold_in, normal
+from .reverse_step import reverse_step
+from .vlb_terms import vlb_terms
+from .weighted_loss import weighted_loss
+
+__all__ = ["fold_in", "normal", "q_sample", "reverse_step", "vlb_terms", "weighted_loss"]

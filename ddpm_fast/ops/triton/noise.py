@@ -1,0 +1,161 @@
+"""Gaussian noise in registers: philox4x32-10, and Box-Muller by polynomials.
+
+Words and uniforms are those of `ddpm_fast.noise`, bit for bit; logarithm, cosine and sine differ from exact ones by
+about one unit in the last place. Triton's own would not do: near u = 1 its logarithm has no relative precision, and
+its sine and cosine carry a slow path for large arguments, with an array in memory. The coefficients are those of
+csrc/common/box_muller.h.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["philox", "tile_noise"]
+
+
+@triton.jit
+def philox(seed, counter):
+    """The four words of philox4x32-10 with the counter's upper 64 bits 0, uint32.
+
+    tl.philox takes both halves of each product from a multiplication of its own; the 64-bit product here is one
+    instruction, which spares 4 instructions an element.
+    """
+    seed, counter = seed.to(tl.uint64, bitcast=True), counter.to(tl.uint64, bitcast=True)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    for _ in tl.static_range(10):
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def natural_log(u):
+    """ln u for normal u > 0, with the relative precision that u near 1 needs (minimax, 6e-9)."""
+    shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2): u = m 2^e with m in [sqrt(1/2), sqrt(2))
+    e = (shifted >> 23).to(tl.float32)
+    f = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(f, -0.07634500414133072, 0.1276157945394516)
+    p = tl.fma(p, f, -0.13160182535648346)
+    p = tl.fma(p, f, 0.14201757311820984)
+    p = tl.fma(p, f, -0.16623356938362122)
+    p = tl.fma(p, f, 0.20001226663589478)
+    p = tl.fma(p, f, -0.2500081956386566)
+    p = tl.fma(p, f, 0.3333333134651184)
+    return tl.fma(e, 0.693147180559945, tl.fma(f * f, tl.fma(p, f, -0.5), f))
+
+
+@triton.jit
+def cos_sin_of_turns(v):
+    """cos and sin of 2 pi v for v in [0, 1] (minimax on an eighth of a turn, 5e-9)."""
+    rounded = tl.fma(v, 4.0, 12582912.0)  # 1.5 2^23: the quarter turns stand in the lowest bits
+    quarter = rounded.to(tl.int32, bitcast=True)
+    r = tl.fma(rounded - 12582912.0, -0.25, v)  # exact
+    r2 = r * r
+    s = tl.fma(r2, 41.46989059448242, -76.6977767944336)
+    s = tl.fma(s, r2, 81.6052017211914)
+    s = tl.fma(s, r2, -41.34170150756836)
+    s = tl.fma(s, r2, 6.2831854820251465) * r
+    c = tl.fma(r2, 59.24596405029297, -85.44374084472656)
+    c = tl.fma(c, r2, 64.93932342529297)
+    c = tl.fma(c, r2, -19.739208221435547)
+    c = tl.fma(c, r2, 1.0)
+    swapped = (quarter & 1) != 0
+    x, y = tl.where(swapped, s, c), tl.where(swapped, c, s)
+    # Quarters 1 and 2 have a negative cosine, 2 and 3 a negative sine.
+    x = x.to(tl.int32, bitcast=True) ^ ((quarter + 1 & 2) << 30)
+    y = y.to(tl.int32, bitcast=True) ^ ((quarter & 2) << 30)
+    return x.to(tl.float32, bitcast=True), y.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def uniform(word):
+    return tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # 2^-32, exact, and 2^-33
+
+
+@triton.jit
+def box_muller(word0, word1):
+    radius = tl.sqrt(-2.0 * natural_log(uniform(word0)))
+    x, y = cos_sin_of_turns(uniform(word1))
+    return radius * x, radius * y
+
+
+@triton.jit
+def normals(seed, counter):
+    """The four normals of each block of a stream."""
+    w0, w1, w2, w3 = philox(seed, counter)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def linear_noise(key, first, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The elements first ... first + BLOCK - 1 of a stream, `first` being a multiple of 8.
+
+    The thread that makes blocks of four also keeps them: joined and flattened, they lie as vector loads of VECTOR
+    elements leave their data, and nothing goes through shared memory.
+    """
+    seed, offset = key
+    counter = offset + first // 4 + VECTOR // 4 * tl.arange(0, BLOCK // VECTOR)
+    z0, z1, z2, z3 = normals(seed, counter)
+    if VECTOR == 8:
+        z4, z5, z6, z7 = normals(seed, counter + 1)
+        z0, z1, z2, z3 = tl.join(z0, z4), tl.join(z1, z5), tl.join(z2, z6), tl.join(z3, z7)
+    return (tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(BLOCK),)
+
+
+@triton.jit
+def pixel_group_noise(key, first, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK pixels from pixel `first` on, a multiple of 4, of each channel.
+
+    Four pixels take CHANNELS whole blocks, and one thread makes them: element q CHANNELS + c is channel c of pixel q.
+    """
+    seed, offset = key
+    counter = offset + (first // 4 + tl.arange(0, BLOCK // 4)) * CHANNELS
+    elements = ()
+    for block in tl.static_range(CHANNELS):
+        elements += normals(seed, counter + block)
+    noise = ()
+    for c in tl.static_range(CHANNELS):
+        even = tl.join(elements[c], elements[2 * CHANNELS + c])
+        odd = tl.join(elements[CHANNELS + c], elements[3 * CHANNELS + c])
+        noise += (tl.join(even, odd).reshape(BLOCK),)
+    return noise
+
+
+@triton.jit
+def quad_noise(key, first, channel, channels, BLOCK: tl.constexpr):
+    """BLOCK pixels from pixel `first` on, of four channels: a pixel's block holds just those."""
+    seed, offset = key
+    pixel = first + tl.arange(0, BLOCK)
+    return normals(seed, offset + pixel * (channels // 4) + channel // 4)
+
+
+@triton.jit
+def scattered_noise(key, first, channel, channels, BLOCK: tl.constexpr):
+    """BLOCK pixels from pixel `first` on, of one channel. Each takes one normal of a block: the slow way."""
+    seed, offset = key
+    element = (first + tl.arange(0, BLOCK)) * channels + channel
+    w0, w1, w2, w3 = philox(seed, offset + (element >> 2))
+    first_pair = (element & 2) == 0
+    x, y = box_muller(tl.where(first_pair, w0, w2), tl.where(first_pair, w1, w3))
+    return (tl.where((element & 1) == 0, x, y),)
+
+
+@triton.jit
+def tile_noise(key, tile, channels, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The noise of a tile (see tiles.py): a tensor (BLOCK,) for each of its lanes."""
+    channel, first = tile
+    if LAYOUT == "linear":
+        noise = linear_noise(key, first, BLOCK, VECTOR)
+    elif LAYOUT == "quads":
+        noise = quad_noise(key, first, channel, channels, BLOCK)
+    elif LAYOUT == "scattered":
+        noise = scattered_noise(key, first, channel, channels, BLOCK)
+    else:
+        noise = pixel_group_noise(key, first, 2 if LAYOUT == "pairs" else 3, BLOCK)
+    return noise

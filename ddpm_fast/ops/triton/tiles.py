@@ -1,0 +1,129 @@
+"""How the samples of a call are divided among programs.
+
+A program works on tiles of one sample: BLOCK neighbouring elements, of which a thread takes VECTOR at a time. Where
+noise is made for planar tensors, it is counted across the channels and memory runs along them: then a tile is BLOCK
+pixels of one or several channels, its LANES.
+
+    linear      any tensor, 1 lane: noise is counted as memory runs, or not made here
+    pairs       2 channels, 2 lanes
+    triples     3 channels, 3 lanes: RGB
+    quads       a multiple of 4 channels, 4 lanes
+    scattered   any other number of channels, 1 lane; each block of four normals is made by up to four threads
+
+A sample lies as `channels` runs of `extent` elements: its planes, or where the layout is linear one run, all of it.
+"""
+
+__all__ = ["Tiling", "grid", "load_key", "load_tile", "locate", "part_of_program", "store", "table_row", "tiling"]
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MAX_AXIS = 65535  # of the grid's second and third axis
+
+
+class Tiling(NamedTuple):
+    extent: int
+    channels: int
+    tiles: int  # of a sample
+    constants: dict[str, object]  # for the kernel
+
+
+def tiling(like: Tensor, keys: Tensor | None, *tensors: Tensor | None) -> Tiling:
+    """The tiles of samples like one given, which has elements; `tensors` are all that are read or written with it."""
+    size = like.numel() // len(like)
+    channels = 1
+    if keys is not None and like.dim() >= 4 and like.stride(1) > 1:  # dense, and not channels-last
+        channels = like.shape[1]
+    return _tiling(size, channels, max(x.dtype.itemsize for x in (like, *tensors) if x is not None))
+
+
+@lru_cache(maxsize=1024)
+def _tiling(size: int, channels: int, itemsize: int) -> Tiling:
+    lanes, layout = 1, "linear"
+    if channels > 1:
+        known = {2: "pairs", 3: "triples"}
+        layout = known.get(channels, "scattered" if channels % 4 else "quads")
+        lanes = {"pairs": 2, "triples": 3, "quads": 4}.get(layout, 1)
+    extent = size // channels
+    block, warps = (1024, 4) if extent > 256 else (256, 1)
+    if lanes > 1:
+        block //= 2
+    constants = {
+        "LAYOUT": layout,
+        "LANES": lanes,
+        "BLOCK": block,
+        # 16 bytes of the widest type: all tensors then lie alike in the threads, narrower ones in less than 16 bytes.
+        "VECTOR": 4 if itemsize == 4 or layout in ("pairs", "triples") else 8,
+        "num_warps": warps,
+        # Products and sums are fused where the code says so and nowhere else: all backends then round alike.
+        "enable_fp_fusion": False,
+    }
+    return Tiling(extent, channels, -(-extent // block) * (channels // lanes), constants)
+
+
+def grid(samples: int, parts: int) -> tuple[int, int, int]:
+    """Samples on the axis that has room for them, the parts of a sample on the other two."""
+    return samples, min(parts, _MAX_AXIS), -(-parts // _MAX_AXIS)
+
+
+@triton.jit
+def part_of_program():
+    return tl.program_id(1) + tl.num_programs(1) * tl.program_id(2)
+
+
+@triton.jit
+def locate(
+    sample,
+    index,
+    extent,
+    channels,
+    LAYOUT: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Of a sample's tile: (its first channel, its first element there), its start in memory, its elements and mask."""
+    if LAYOUT == "quads" or LAYOUT == "scattered":
+        channel = index % (channels // LANES) * LANES
+        index = index // (channels // LANES)
+    else:
+        channel = 0
+    first = index.to(tl.int64) * BLOCK
+    start = (sample.to(tl.int64) * channels + channel) * extent + first
+    element = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
+    return (channel, first), start, element, element < tl.minimum(extent - first, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def table_row(rows, index, count, COLUMNS: tl.constexpr):
+    """The address of a row, and whether there is one: what is loaded without is NaN, and so all that comes of it."""
+    return rows + COLUMNS * index, (index >= 0) & (index < count)
+
+
+@triton.jit
+def load_key(keys, row, valid):
+    """(seed, offset) from a row of a table of keys."""
+    return tl.load(keys + 2 * row, mask=valid, other=0), tl.load(keys + 2 * row + 1, mask=valid, other=0)
+
+
+@triton.jit
+def load_tile(x, start, extent, element, mask, LANES: tl.constexpr):
+    """A tensor (BLOCK,) for each lane, in float32, bytes mapped from [0, 255] to [-1, 1]. Call it before noise is made,
+    which takes the time that memory needs."""
+    values = ()
+    for lane in tl.static_range(LANES):
+        value = tl.load(x + (start + lane * extent) + element, mask=mask)
+        if x.dtype.element_ty == tl.uint8:
+            values += (value.to(tl.float32) * (2 / 255) - 1,)
+        else:
+            values += (value.to(tl.float32),)
+    return values
+
+
+@triton.jit
+def store(x, at, element, mask, value):
+    tl.store(x + at + element, value.to(x.dtype.element_ty), mask=mask)
