@@ -97,7 +97,7 @@ struct Ops {
     const Guard guard(pred);
     Tensor loss = inputs.array(ScalarType::Float, {inputs.samples()});
     Tensor grad = with_grad ? inputs.like_first(type) : inputs.array(type, {0});
-    if (loss.numel() == 0) return {loss, grad};
+    if (pred.numel() == 0) return {torch::stable::zero_(loss), grad};
     Backend::run(WeightedLoss{data_of(pred), data_of(x_start), data_of(noise), integers_of(keys), integers_of(t),
         floats_of(rows), result_of(loss), data_if(with_grad, grad), inputs.shape(), rows.size(0),
         static_cast<float>(scale), static_cast<LossType>(loss_type), type_of(type), type_of(data), bytes});
@@ -153,7 +153,7 @@ struct Ops {
     inputs.check_index("t", t, rows.size(0));
     const Guard guard(x_t);
     Tensor out = inputs.array(ScalarType::Float, {inputs.samples()});
-    if (out.numel() == 0) return out;
+    if (x_t.numel() == 0) return torch::stable::zero_(out);
     Backend::run(VlbTerms{data_of(x_start), floats_of(x_t), data_of(pred), data_of(variance), integers_of(t),
         floats_of(rows), result_of(out), inputs.shape(), rows.size(0), rows.size(1), static_cast<float>(low),
         static_cast<float>(high), type_of(pred.scalar_type()), x_start.scalar_type() == ScalarType::Byte});
@@ -171,7 +171,7 @@ struct Ops {
     Tensor y = inputs.like_first(type);
     Tensor mean = inputs.array(ScalarType::Float, {shape.samples, groups});
     Tensor rstd = inputs.array(ScalarType::Float, {shape.samples, groups});
-    if (mean.numel() == 0) return {y, mean, rstd};
+    if (x.numel() == 0) return {y, torch::stable::zero_(mean), torch::stable::zero_(rstd)};
     Backend::run(GroupNormSilu{data_of(x), data_of(weight), data_of(bias), data_of(scale), data_of(shift),
         y.mutable_data_ptr(), result_of(mean), result_of(rstd), shape, groups, static_cast<float>(eps), silu,
         type_of(type), type_of(weight.scalar_type())});

@@ -4,6 +4,7 @@ __all__ = [
     "FLOATING",
     "as_given",
     "check_index",
+    "dense",
     "describe",
     "memory_format",
     "needs_grad",
@@ -36,6 +37,10 @@ def refuse(op: str, needs: str, **tensors: Tensor | None) -> NoReturn:
 
 def as_given(x: Tensor | None, dtype: torch.dtype, layout: torch.memory_format) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous(memory_format=layout)
+
+
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 def check_index(op: str, name: str, index: Tensor, count: int) -> None:

@@ -66,6 +66,7 @@ def q_sample(
     layout = door.memory_format(x_start)
     x_start = door.as_given(x_start, data, layout)
     noise = door.as_given(noise, torch.float32 if data == torch.uint8 else data, layout)
+    keys, t = door.dense(keys, t)
     return _op(x_start)(x_start, noise, keys, t, door.table(rows, x_start), dtype)
 
 

@@ -104,7 +104,8 @@ def reverse_step(
         keys = keys[None]
     rows = door.table(rows, x)
     if bounds is not None:
-        bounds = bounds.to(rows.dtype).contiguous()
+        bounds = bounds.to(rows.dtype)
+    keys, step, bounds = door.dense(keys, step, bounds)
 
     function = _op(x)
     arguments = (x, pred, noise, keys, x_start_prev, variance, bounds, step, rows, float(low), float(high))

@@ -74,6 +74,7 @@ def vlb_terms(
     x_start = door.as_given(x_start, torch.uint8 if x_start.dtype == torch.uint8 else x_t.dtype, layout)
     pred, variance = (door.as_given(y, pred.dtype, layout) for y in (pred, variance))
     low, high = (-math.inf, math.inf) if clip is None else clip
+    (t,) = door.dense(t)
     arguments = (x_start, x_t, pred, variance, t, door.table(rows, x_t), float(low), float(high))
     return _op(x_t)(*arguments)
 

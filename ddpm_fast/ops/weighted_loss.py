@@ -79,6 +79,7 @@ def weighted_loss(
     pred = pred.contiguous(memory_format=layout)
     x_start = door.as_given(x_start, torch.uint8 if bytes_ else data, layout)
     noise = door.as_given(noise, data, layout)
+    keys, t = door.dense(keys, t)
     rows = door.table(rows, pred)
 
     function = _op(pred)
