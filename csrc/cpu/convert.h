@@ -17,6 +17,9 @@
 namespace ddpm_fast::cpu {
 
 inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : type == Type::u8 ? 1 : 2; }
+inline int64_t size_of(const Shape& shape, Type type) {
+  return shape.samples * shape.channels * shape.plane * size_of(type);
+}
 
 inline const void* at(const void* base, Type type, int64_t index) {
   return static_cast<const char*>(base) + index * size_of(type);
@@ -25,12 +28,12 @@ inline void* at(void* base, Type type, int64_t index) { return static_cast<char*
 
 inline float from_bf16(uint16_t value) { return float_of(static_cast<int32_t>(static_cast<uint32_t>(value) << 16)); }
 
-// To nearest, ties to even.
-inline uint16_t to_bf16(float x) {
+// To nearest, ties to even; in the upper half, with the lower one to be dropped.
+inline uint32_t rounded_bf16(float x) {
   const uint32_t bits = static_cast<uint32_t>(bits_of(x));
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+  return x != x ? 0x7FC00000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
 }
+inline uint16_t to_bf16(float x) { return static_cast<uint16_t>(rounded_bf16(x) >> 16); }
 
 inline void widen_bf16(const uint16_t* __restrict__ from, int64_t size, float* __restrict__ to) {
   for (int64_t i = 0; i < size; ++i) to[i] = from_bf16(from[i]);

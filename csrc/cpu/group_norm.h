@@ -1,72 +1,74 @@
 // How group norm walks over memory, forwards and backwards, in either layout.
 //
 // A sample is one strip of all its channels, or, planar, one strip for each channel. A strip is cut into tiles of whole
-// pixels, and these into rows of `pixels_per_row` pixels, so that even few channels fill vectors: lane w of a row holds
-// channel w % channels. Sums are kept a lane apiece in float32 over a tile, and from then on in float64.
+// pixels, and these into rows of `row_pixels` pixels, so that even few channels fill vectors. Sums are kept a lane of a
+// row apiece, in float32 over a tile and from then on in float64.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "common/arguments.h"
 #include "cpu/convert.h"
+#include "cpu/lanes.h"
 
 namespace ddpm_fast::cpu {
 
 struct Tile {
-  int64_t sample, channel, index, pixels;  // its first channel; where it begins in the tensor
-  int64_t number;                          // within its strip
+  int64_t sample, strip, index, rows, left;  // where it begins in the tensor; full rows, and elements in a last, short one
 };
 
 class Strips {
  public:
-  static constexpr int64_t tile_elements = 4096;
-
-  explicit Strips(const Shape& shape)
+  // In pairs: the lanes are those of bfloat16.
+  Strips(const Shape& shape, bool in_pairs)
       : strips(shape.planar ? shape.channels : 1),
         channels(shape.planar ? 1 : shape.channels),
         plane(shape.plane),
-        pixels_per_row(1) {
-    if (channels < 64) pixels_per_row = 16 / std::gcd<int64_t>(16, channels);
-    while (pixels_per_row * channels < 64) pixels_per_row *= 2;
-    const int64_t rows = std::max<int64_t>(tile_elements / (pixels_per_row * channels), 1);
-    tile_pixels = rows * pixels_per_row;
+        row_pixels(channels < 64 ? 16 / std::gcd<int64_t>(16, channels) : 1 + channels % 2) {
+    while (row_pixels * channels < 64) row_pixels *= 2;
+    lanes = row_pixels * channels;
+    half = lanes / 2;
+    tile_pixels = std::max<int64_t>(8192 / lanes, 1) * row_pixels;
     tiles = (plane + tile_pixels - 1) / tile_pixels;
+
+    const int64_t last = plane - std::max<int64_t>(tiles - 1, 0) * tile_pixels;
+    channel_of.resize(lanes), last_counts.resize(lanes);
+    for (int64_t element = 0; element < lanes; ++element) {
+      const int64_t lane = in_pairs ? element / 2 + element % 2 * half : element;
+      channel_of[lane] = element % channels;
+      last_counts[lane] = static_cast<double>(last / row_pixels + (element < last % row_pixels * channels));
+    }
+    full_counts.assign(lanes, static_cast<double>(tile_pixels / row_pixels));
   }
 
-  int64_t lanes() const { return pixels_per_row * channels; }
   int64_t tiles_per_sample() const { return strips * tiles; }
   int64_t room() const { return tile_pixels * channels; }  // of a tile, in elements
 
   Tile tile(int64_t i) const {
-    const int64_t strip = i / tiles, number = i % tiles, first = number * tile_pixels;
-    const int64_t index = (strip * plane + first) * channels;
-    return {strip / strips, strip % strips, index, std::min(tile_pixels, plane - first), number};
+    const int64_t strip = i / tiles, first = i % tiles * tile_pixels;
+    const int64_t pixels = std::min(tile_pixels, plane - first);
+    return {strip / strips, strip % strips, (strip * plane + first) * channels, pixels / row_pixels,
+        pixels % row_pixels * channels};
   }
 
-  // Calls f(index, rows, width) for the rows of so many pixels, and for what is left, a shorter row.
+  // How many elements each lane has in a tile of a strip.
+  const double* counts(int64_t tile) const { return (tile + 1 < tiles ? full_counts : last_counts).data(); }
+
+  // Calls f(index, width) for each row of a tile.
   template <class F>
-  void for_rows(int64_t pixels, const F& f) const {
-    const int64_t rows = pixels / pixels_per_row, left = pixels % pixels_per_row;
-    if (rows) f(0, rows, lanes());
-    if (left) f(rows * lanes(), 1, left * channels);
+  void for_rows(const Tile& tile, const F& f) const {
+    for (int64_t r = 0; r < tile.rows; ++r) f(r * lanes, lanes);
+    if (tile.left) f(tile.rows * lanes, tile.left);
   }
 
-  // A value of each channel from those of its lanes, and back.
-  void fold(const float* values, double* sums) const {
-    for (int64_t c = 0; c < channels; ++c) sums[c] = values[c];
-    for (int64_t p = 1; p < pixels_per_row; ++p) {
-      for (int64_t c = 0; c < channels; ++c) sums[c] += values[p * channels + c];
-    }
-  }
-  void spread(float* values) const {
-    for (int64_t w = channels; w < lanes(); ++w) values[w] = values[w - channels];
-  }
-
-  int64_t strips, channels, plane, pixels_per_row, tile_pixels, tiles;
+  int64_t strips, channels, plane, row_pixels, lanes, half, tile_pixels, tiles;
+  std::vector<int64_t> channel_of;  // of a lane; planar, it is the strip's
+  std::vector<double> full_counts, last_counts;
 };
 
 // Calls f(first sample, samples) for as many samples at once as the threads' caches hold.
@@ -85,19 +87,53 @@ void parallel_tiles(const Strips& strips, int64_t samples, const F& f) {
   torch::stable::parallel_for(0, samples * strips.tiles_per_sample(), grain, f);
 }
 
-// A (channels,) or (samples, channels) parameter in float32.
-inline std::vector<float> to_floats(const void* values, Type type, int64_t size) {
-  std::vector<float> out(size);
-  const float* from = load(values, type, 0, size, out.data());
+// Values of each channel, `columns` of them, as the tiles of a sample want them: of each lane. (A planar sample's are
+// spread when a tile is begun, or there would be 64 times as many.)
+class LaneTable {
+ public:
+  LaneTable(const Strips& strips, int64_t columns, int64_t channels)
+      : strips_(strips), columns_(columns), channels_(channels), width_(strips.strips == 1 ? strips.lanes : channels) {}
+
+  void resize(int64_t samples) { values_.resize(samples * columns_ * width_); }
+
+  void set(int64_t sample, int64_t column, const float* of_channels) {
+    float* to = &values_[(sample * columns_ + column) * width_];
+    for (int64_t i = 0; i < width_; ++i) to[i] = of_channels[strips_.strips == 1 ? strips_.channel_of[i] : i];
+  }
+
+  // A column for a tile; the scratch has room for all of them.
+  const float* get(const Tile& tile, int64_t column, float* scratch) const {
+    const float* from = &values_[(tile.sample * columns_ + column) * width_];
+    if (strips_.strips == 1) return from;
+    return std::fill_n(scratch + column * strips_.lanes, strips_.lanes, from[tile.strip]) - strips_.lanes;
+  }
+  int64_t room() const { return columns_ * strips_.lanes; }
+
+ private:
+  const Strips& strips_;
+  int64_t columns_, channels_, width_;
+  std::vector<float> values_;
+};
+
+// A tile's elements as T: bfloat16 where they lie, all else in float32.
+template <class T>
+const T* load_as(const void* base, Type type, int64_t index, int64_t size, float* buffer) {
+  if constexpr (std::is_same_v<T, Bf16>) return static_cast<const Bf16*>(at(base, type, index));
+  else return load(base, type, index, size, buffer);
+}
+template <class T>
+T* place_as(void* base, Type type, int64_t index, float* buffer) {
+  if constexpr (std::is_same_v<T, Bf16>) return static_cast<Bf16*>(at(base, type, index));
+  else return place(base, type, index, buffer);
+}
+
+// (channels,) or (samples, channels) parameters in float32; `otherwise` where there are none.
+inline std::vector<float> to_floats(const void* values, Type type, int64_t index, int64_t size, float otherwise = 0) {
+  std::vector<float> out(size, otherwise);
+  if (!values) return out;
+  const float* from = load(values, type, index, size, out.data());
   if (from != out.data()) std::copy(from, from + size, out.begin());
   return out;
 }
-
-// y = silu((x - mean) factor + offset), of each channel of a sample.
-struct Affine {
-  std::vector<float> mean, factor, offset;
-
-  explicit Affine(int64_t channels) : mean(channels), factor(channels), offset(channels) {}
-};
 
 }  // namespace ddpm_fast::cpu

@@ -2,165 +2,161 @@
 
 #include "cpu/exponential.h"
 #include "cpu/group_norm.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 
 namespace ddpm_fast::cpu {
 namespace {
 
-void add_up(const float* __restrict__ x, int64_t rows, int64_t width, float* __restrict__ sums) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t w = 0; w < width; ++w) sums[w] += x[r * width + w];
+// Of a tile's elements of each lane: a center, and the sums of the deviations from it and of their squares. The center
+// is the mean of the tile's first eighth, so that means far larger than the spread do no harm: at most 8 / 9 of the
+// squares is then the center's own error, and is subtracted.
+template <class T>
+void set_moments(const Strips& strips, const Tile& tile, const T* x, float* moments) {
+  const int64_t lanes = strips.lanes, half = strips.half;
+  float *center = moments, *sums = moments + lanes, *squares = moments + 2 * lanes;
+  std::fill(moments, moments + 3 * lanes, 0.0f);
+  const int64_t head = std::max<int64_t>(tile.rows / 8, 1);
+  for (int64_t r = 0; r < head; ++r) {
+    visit(tile.rows ? lanes : tile.left, half, [=](int64_t w, float v) { center[w] += v; }, x + r * lanes);
   }
-}
+  for (int64_t w = 0; w < lanes; ++w) center[w] *= 1.0f / static_cast<float>(head);
 
-void add_moments(const float* __restrict__ x, int64_t rows, int64_t width, const float* __restrict__ center,
-    float* __restrict__ sums, float* __restrict__ squares) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    const float* row = x + r * width;
-    for (int64_t w = 0; w < width; ++w) {
-      const float a = row[w] - center[w], b = row[width + w] - center[w];
-      const float c = row[2 * width + w] - center[w], d = row[3 * width + w] - center[w];
+  for (; r + 4 <= tile.rows; r += 4) {
+    const T* row = x + r * lanes;
+    const auto add_four = [=](int64_t w, float a, float b, float c, float d) {
+      a -= center[w], b -= center[w], c -= center[w], d -= center[w];
       sums[w] += (a + b) + (c + d);
       squares[w] += fused(a, a, b * b) + fused(c, c, d * d);
-    }
+    };
+    visit(lanes, half, add_four, row, row + lanes, row + 2 * lanes, row + 3 * lanes);
   }
-  for (; r < rows; ++r) {
-    for (int64_t w = 0; w < width; ++w) {
-      const float d = x[r * width + w] - center[w];
-      sums[w] += d;
-      squares[w] += d * d;
-    }
-  }
+  const auto add_one = [=](int64_t w, float a) {
+    a -= center[w];
+    sums[w] += a;
+    squares[w] += a * a;
+  };
+  for (; r < tile.rows; ++r) visit(lanes, half, add_one, x + r * lanes);
+  if (tile.left) visit(tile.left, half, add_one, x + r * lanes);
 }
 
-template <bool silu>
-void normalise(const float* __restrict__ x, int64_t rows, int64_t width, const float* __restrict__ mean,
-    const float* __restrict__ factor, const float* __restrict__ offset, float* __restrict__ y) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t w = 0; w < width; ++w) {
-      const float z = fused(x[r * width + w] - mean[w], factor[w], offset[w]);
-      y[r * width + w] = silu ? z / (1.0f + exponential(-z)) : z;
-    }
-  }
+// y = silu((x - mean) factor + offset); the table holds -factor and -offset, which spares a sign.
+enum Column { mean, factor, offset, columns };
+
+template <bool silu, class T>
+void normalise(const T* x, int64_t width, int64_t half, const float* mean, const float* factor, const float* offset,
+    T* y) {
+  map(
+      width, half, y,
+      [=](int64_t w, float v) {
+        const float z = fused(v - mean[w], factor[w], offset[w]);  // -z
+        return silu ? z / (-1.0f - exponential(z)) : -z;
+      },
+      x);
 }
 
-// The count, the mean and the sum of squared deviations from it, of one channel in one tile.
-struct Moments {
-  double mean, squares;
-};
+template <class T>
+void run_as(const GroupNormSilu& g) {
+  const Strips strips(g.shape, std::is_same_v<T, Bf16>);
+  const int64_t channels = g.shape.channels, per_group = channels / g.groups, sample_tiles = strips.tiles_per_sample();
+  const int64_t sample_size = channels * g.shape.plane, lanes = strips.lanes;
+  const std::vector<float> weight = to_floats(g.weight, g.parameter_type, 0, channels);
+  const std::vector<float> bias = to_floats(g.bias, g.parameter_type, 0, channels);
+  std::vector<float> moments;  // (samples, strips, tiles, 3, lanes)
+  LaneTable table(strips, columns, channels);
 
-// Deviations are taken from the mean of a tile's first eighth, so that means far larger than the spread do no harm:
-// at most 8 / 9 of the squares is then the center's own error, and is subtracted.
-void tile_moments(const Strips& strips, const float* x, int64_t pixels, float* scratch, double* folded, Moments* out) {
-  const int64_t lanes = strips.lanes(), channels = strips.channels, first = std::max<int64_t>(pixels / 8, 1);
-  float *center = scratch, *sums = scratch + lanes, *squares = scratch + 2 * lanes;
-  std::fill(scratch, scratch + 3 * lanes, 0.0f);
-  strips.for_rows(first, [&](int64_t i, int64_t rows, int64_t width) { add_up(x + i, rows, width, center); });
-  strips.fold(center, folded);
-  for (int64_t c = 0; c < channels; ++c) center[c] = static_cast<float>(folded[c] / static_cast<double>(first));
-  strips.spread(center);
-  strips.for_rows(pixels,
-      [&](int64_t i, int64_t rows, int64_t width) { add_moments(x + i, rows, width, center, sums, squares); });
-  strips.fold(sums, folded);
-  strips.fold(squares, folded + channels);
-  const double count = static_cast<double>(pixels);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double shift = folded[c] / count;
-    out[c] = {center[c] + shift, folded[channels + c] - folded[c] * shift};
-  }
+  // From the moments of all lanes and tiles of a sample to those of its groups.
+  const auto combine = [&](int64_t first, int64_t n) {
+    std::vector<double> of_lanes(lanes), means(channels, 0.0), squares(channels, 0.0);
+    const auto for_tiles = [&](std::vector<double>& of_channels, auto f) {
+      for (int64_t strip = 0; strip < strips.strips; ++strip) {
+        std::fill(of_lanes.begin(), of_lanes.end(), 0.0);
+        for (int64_t i = 0; i < strips.tiles; ++i) {
+          const float* m = &moments[((n * strips.strips + strip) * strips.tiles + i) * 3 * lanes];
+          const double* counts = strips.counts(i);
+          double* to = of_lanes.data();
+#pragma GCC ivdep
+          for (int64_t w = 0; w < lanes; ++w) to[w] += f(w, strip, counts[w], m[w], m[w + lanes], m[w + 2 * lanes]);
+        }
+        for (int64_t w = 0; w < lanes; ++w) of_channels[strip + strips.channel_of[w]] += of_lanes[w];
+      }
+    };
+    const double group_size = static_cast<double>(per_group * g.shape.plane);
+    const auto spread_over_groups = [&](std::vector<double>& of_channels) {
+      for (auto c = of_channels.begin(); c != of_channels.end(); c += per_group) {
+        std::fill_n(c, per_group, std::accumulate(c, c + per_group, 0.0) / group_size);
+      }
+    };
+    for_tiles(means, [](int64_t, int64_t, double count, double center, double sum, double) {
+      return count * center + sum;
+    });
+    spread_over_groups(means);
+    for_tiles(squares, [&](int64_t w, int64_t strip, double count, double center, double sum, double square) {
+      const double shift = center - means[strip + strips.channel_of[w]];
+      return square + shift * (2.0 * sum + count * shift);
+    });
+    spread_over_groups(squares);
+
+    const std::vector<float> scale = to_floats(g.scale, g.x_type, (first + n) * channels, channels);
+    const std::vector<float> shift = to_floats(g.shift, g.x_type, (first + n) * channels, channels);
+    std::vector<float> column[columns];
+    for (auto& values : column) values.resize(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double rstd = 1.0 / std::sqrt(squares[c] + g.eps);
+      column[mean][c] = static_cast<float>(means[c]);
+      column[factor][c] = static_cast<float>(-rstd * weight[c] * (1.0 + scale[c]));
+      // What the mean lost in rounding is in the offset.
+      const double lost = means[c] - column[mean][c];
+      column[offset][c] = static_cast<float>(-bias[c] * (1.0 + scale[c]) - shift[c] - lost * column[factor][c]);
+      if (c % per_group == 0) {
+        const int64_t group = (first + n) * g.groups + c / per_group;
+        g.mean[group] = column[mean][c];
+        g.rstd[group] = static_cast<float>(rstd);
+      }
+    }
+    for (int64_t i = 0; i < columns; ++i) table.set(n, i, column[i].data());
+  };
+
+  for_batches(g.shape, 2 * size_of(g.x_type), [&](int64_t first, int64_t samples) {
+    moments.resize(samples * sample_tiles * 3 * lanes);
+    table.resize(samples);
+    parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer(strips.room());
+      for (int64_t i = begin; i < end; ++i) {
+        const Tile tile = strips.tile(i);
+        const int64_t index = first * sample_size + tile.index, size = tile.rows * lanes + tile.left;
+        set_moments(strips, tile, load_as<T>(g.x, g.x_type, index, size, buffer.data()), &moments[i * 3 * lanes]);
+      }
+    });
+    torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) combine(first, n);
+    });
+    parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer(strips.room()), result(strips.room()), scratch(table.room());
+      for (int64_t i = begin; i < end; ++i) {
+        const Tile tile = strips.tile(i);
+        const int64_t index = first * sample_size + tile.index, size = tile.rows * lanes + tile.left;
+        const T* x = load_as<T>(g.x, g.x_type, index, size, buffer.data());
+        T* y = place_as<T>(g.y, g.x_type, index, result.data());
+        const float* means = table.get(tile, mean, scratch.data());
+        const float* factors = table.get(tile, factor, scratch.data());
+        const float* offsets = table.get(tile, offset, scratch.data());
+        const auto function = g.silu ? normalise<true, T> : normalise<false, T>;
+        strips.for_rows(tile, [&](int64_t at, int64_t width) {
+          function(x + at, width, strips.half, means, factors, offsets, y + at);
+        });
+        if (static_cast<void*>(y) == result.data()) store(result.data(), size, g.y, g.x_type, index);
+      }
+    });
+  });
 }
 
 }  // namespace
 
 void run(const GroupNormSilu& g) {
-  const Strips strips(g.shape);
-  const int64_t channels = g.shape.channels, per_group = channels / g.groups, sample_tiles = strips.tiles_per_sample();
-  const int64_t sample_size = channels * g.shape.plane;
-  const std::vector<float> weight = to_floats(g.weight, g.parameter_type, channels);
-  const std::vector<float> bias = to_floats(g.bias, g.parameter_type, channels);
-  std::vector<Moments> moments;
-  std::vector<Affine> affine;
-
-  // Of all channels and tiles of a group.
-  const auto combine = [&](int64_t n, const Moments* tiles, Affine& a) {
-    std::vector<double> mean(channels, 0.0), squares(channels, 0.0);
-    const auto for_tiles = [&](auto f) {
-      for (int64_t i = 0; i < strips.tiles; ++i) {
-        const double count = static_cast<double>(std::min(strips.tile_pixels, strips.plane - i * strips.tile_pixels));
-        for (int64_t c = 0; c < channels; ++c) {
-          f(c, count, tiles[strips.strips == 1 ? i * channels + c : c * strips.tiles + i]);
-        }
-      }
-    };
-    const double group_size = static_cast<double>(per_group * g.shape.plane);
-    for_tiles([&](int64_t c, double count, const Moments& m) { mean[c] += count * m.mean; });
-    for (int64_t group = 0; group < g.groups; ++group) {
-      double total = 0;
-      for (int64_t c = group * per_group; c < (group + 1) * per_group; ++c) total += mean[c];
-      std::fill_n(mean.begin() + group * per_group, per_group, total / group_size);
-    }
-    for_tiles([&](int64_t c, double count, const Moments& m) {
-      squares[c] += m.squares + count * (m.mean - mean[c]) * (m.mean - mean[c]);
-    });
-    for (int64_t group = 0; group < g.groups; ++group) {
-      double total = 0;
-      for (int64_t c = group * per_group; c < (group + 1) * per_group; ++c) total += squares[c];
-      const double exact = mean[group * per_group], rstd = 1.0 / std::sqrt(total / group_size + g.eps);
-      g.mean[n * g.groups + group] = static_cast<float>(exact);
-      g.rstd[n * g.groups + group] = static_cast<float>(rstd);
-      for (int64_t c = group * per_group; c < (group + 1) * per_group; ++c) {
-        float scale = 0, shift = 0;
-        if (g.scale) scale = *load(g.scale, g.x_type, n * channels + c, 1, &scale);
-        if (g.shift) shift = *load(g.shift, g.x_type, n * channels + c, 1, &shift);
-        a.mean[c] = static_cast<float>(exact);
-        const double factor = rstd * weight[c] * (1.0 + scale);
-        a.factor[c] = static_cast<float>(factor);
-        // What the mean lost in rounding is in the offset.
-        a.offset[c] = static_cast<float>(bias[c] * (1.0 + scale) + shift + (a.mean[c] - exact) * factor);
-      }
-    }
-  };
-
-  for_batches(g.shape, 2 * size_of(g.x_type), [&](int64_t first, int64_t samples) {
-    moments.resize(samples * sample_tiles * strips.channels);
-    affine.resize(samples, Affine(channels));
-    parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer(strips.room()), scratch(3 * strips.lanes());
-      std::vector<double> folded(2 * strips.channels);
-      for (int64_t i = begin; i < end; ++i) {
-        const Tile tile = strips.tile(i);
-        const int64_t index = first * sample_size + tile.index;
-        const float* x = load(g.x, g.x_type, index, tile.pixels * strips.channels, buffer.data());
-        tile_moments(strips, x, tile.pixels, scratch.data(), folded.data(), &moments[i * strips.channels]);
-      }
-    });
-    torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        combine(first + n, moments.data() + n * sample_tiles * strips.channels, affine[n]);
-      }
-    });
-    parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer(strips.room()), result(strips.room()), lanes(3 * strips.lanes());
-      float *mean = lanes.data(), *factor = mean + strips.lanes(), *offset = factor + strips.lanes();
-      for (int64_t i = begin; i < end; ++i) {
-        const Tile tile = strips.tile(i);
-        const int64_t index = first * sample_size + tile.index, size = tile.pixels * strips.channels;
-        const Affine& a = affine[tile.sample];
-        std::copy_n(a.mean.begin() + tile.channel, strips.channels, mean);
-        std::copy_n(a.factor.begin() + tile.channel, strips.channels, factor);
-        std::copy_n(a.offset.begin() + tile.channel, strips.channels, offset);
-        strips.spread(mean), strips.spread(factor), strips.spread(offset);
-        const float* x = load(g.x, g.x_type, index, size, buffer.data());
-        float* y = place(g.y, g.x_type, index, result.data());
-        strips.for_rows(tile.pixels, [&](int64_t at, int64_t rows, int64_t width) {
-          const auto function = g.silu ? normalise<true> : normalise<false>;
-          function(x + at, rows, width, mean, factor, offset, y + at);
-        });
-        if (y == result.data()) store(y, size, g.y, g.x_type, index);
-      }
-    });
-  });
+  prefer_huge_pages(g.y, size_of(g.shape, g.x_type));
+  g.x_type == Type::bf16 ? run_as<Bf16>(g) : run_as<float>(g);
 }
 
 }  // namespace ddpm_fast::cpu

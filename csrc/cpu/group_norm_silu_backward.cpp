@@ -2,192 +2,182 @@
 
 #include "cpu/exponential.h"
 #include "cpu/group_norm.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 
 namespace ddpm_fast::cpu {
 namespace {
 
-// What a lane needs to know of its channel.
-struct Lanes {
-  const float *mean, *factor, *offset;
-  const float *of_grad, *of_deviation, *constant;
-};
-
-struct Slope {
-  float grad, deviation;
-};
-
-// The gradient before the silu, and x - mean.
-template <bool silu>
-inline Slope slope(float grad, float x, float mean, float factor, float offset) {
-  const float d = x - mean;
-  if constexpr (!silu) return {grad, d};
-  const float z = fused(d, factor, offset), e = exponential(-z);
-  const float sigmoid = 1.0f / (1.0f + e);
-  return {grad * sigmoid * fused(z, e * sigmoid, 1.0f), d};
-}
-
-template <bool silu>
-void add_sums(const float* __restrict__ grad, const float* __restrict__ x, int64_t rows, int64_t width,
-    const float* __restrict__ mean, const float* __restrict__ factor, const float* __restrict__ offset,
-    float* __restrict__ sums, float* __restrict__ products) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t w = 0; w < width; ++w) {
-      const Slope s = slope<silu>(grad[r * width + w], x[r * width + w], mean[w], factor[w], offset[w]);
-      sums[w] += s.grad;
-      products[w] += s.grad * s.deviation;
-    }
-  }
-}
-
-template <bool silu>
-void set_grad_x(const float* __restrict__ grad, const float* __restrict__ x, int64_t rows, int64_t width,
-    const float* __restrict__ mean, const float* __restrict__ factor, const float* __restrict__ offset,
-    const float* __restrict__ of_grad, const float* __restrict__ of_deviation, const float* __restrict__ constant,
-    float* __restrict__ grad_x) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t w = 0; w < width; ++w) {
-      const Slope s = slope<silu>(grad[r * width + w], x[r * width + w], mean[w], factor[w], offset[w]);
-      grad_x[r * width + w] = fused(s.grad, of_grad[w], fused(s.deviation, of_deviation[w], constant[w]));
-    }
-  }
-}
-
-// y = silu((x - mean) factor + offset); grad_x = of_grad g + of_deviation (x - mean) + constant.
+// y = silu((x - mean) factor + offset), whose gradient g before the silu is made again in both passes: that takes less
+// time than to store it. grad_x = of_grad g + of_deviation (x - mean) + constant.
 enum Column { mean, factor, offset, of_grad, of_deviation, constant, columns };
 
-}  // namespace
+template <bool silu>
+inline float gradient_before(float grad, float deviation, float minus_factor, float minus_offset) {
+  if constexpr (!silu) return grad;
+  const float z = fused(deviation, minus_factor, minus_offset), e = exponential(z);  // -z
+  const float sigmoid = 1.0f / (1.0f + e);
+  return grad * (sigmoid * fused(-z, e * sigmoid, 1.0f));
+}
 
-void run(const GroupNormSiluBackward& b) {
-  const Strips strips(b.shape);
+template <bool silu, class T>
+void add_sums(const T* grad, const T* x, int64_t width, int64_t half, const float* const* lane, float* sums,
+    float* products) {
+  const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
+  const auto add = [=](int64_t w, float grad_y, float v) {
+    const float d = v - means[w], g = gradient_before<silu>(grad_y, d, factors[w], offsets[w]);
+    sums[w] += g;
+    products[w] += g * d;
+  };
+  visit(width, half, add, grad, x);
+}
+
+template <bool silu, class T>
+void set_grad_x(const T* grad, const T* x, int64_t width, int64_t half, const float* const* lane, T* grad_x) {
+  const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
+  const float *of_grads = lane[of_grad], *of_deviations = lane[of_deviation], *constants = lane[constant];
+  const auto gradient = [=](int64_t w, float grad_y, float v) {
+    const float d = v - means[w], g = gradient_before<silu>(grad_y, d, factors[w], offsets[w]);
+    return fused(g, of_grads[w], fused(d, of_deviations[w], constants[w]));
+  };
+  map(width, half, grad_x, gradient, grad, x);
+}
+
+template <class T>
+void run_as(const GroupNormSiluBackward& b) {
+  const Strips strips(b.shape, std::is_same_v<T, Bf16>);
   const int64_t channels = b.shape.channels, per_group = channels / b.groups, sample_tiles = strips.tiles_per_sample();
-  const int64_t sample_size = channels * b.shape.plane;
-  const std::vector<float> weight = to_floats(b.weight, b.parameter_type, channels);
-  const std::vector<float> bias = to_floats(b.bias, b.parameter_type, channels);
-  std::vector<double> grad_weight(channels, 0.0), grad_bias(channels, 0.0), partial;
-  std::vector<float> table;  // (samples, columns, channels)
+  const int64_t sample_size = channels * b.shape.plane, lanes = strips.lanes;
+  const std::vector<float> weight = to_floats(b.weight, b.parameter_type, 0, channels);
+  const std::vector<float> bias = to_floats(b.bias, b.parameter_type, 0, channels);
+  std::vector<float> partial;  // (samples, strips, tiles, 2, lanes)
+  LaneTable table(strips, columns, channels);
 
-  const auto scale_of = [&](int64_t n, int64_t c) {
-    float buffer;
-    return b.scale ? 1.0f + *load(b.scale, b.x_type, n * channels + c, 1, &buffer) : 1.0f;
-  };
-  const auto set_affine = [&](int64_t n, float* of_sample) {
+  const auto set_affine = [&](int64_t first, int64_t n) {
+    const std::vector<float> scale = to_floats(b.scale, b.x_type, (first + n) * channels, channels);
+    const std::vector<float> shift = to_floats(b.shift, b.x_type, (first + n) * channels, channels);
+    std::vector<float> means(channels), factors(channels), offsets(channels);
     for (int64_t c = 0; c < channels; ++c) {
-      const int64_t group = n * b.groups + c / per_group;
-      float shift = 0;
-      if (b.shift) shift = *load(b.shift, b.x_type, n * channels + c, 1, &shift);
-      of_sample[mean * channels + c] = b.mean[group];
-      of_sample[factor * channels + c] = b.rstd[group] * weight[c] * scale_of(n, c);
-      of_sample[offset * channels + c] = bias[c] * scale_of(n, c) + shift;
+      const int64_t group = (first + n) * b.groups + c / per_group;
+      means[c] = b.mean[group];
+      factors[c] = -(b.rstd[group] * weight[c] * (1.0f + scale[c]));
+      offsets[c] = -(bias[c] * (1.0f + scale[c]) + shift[c]);
     }
+    table.set(n, mean, means.data());
+    table.set(n, factor, factors.data());
+    table.set(n, offset, offsets.data());
   };
-  // From the sums of all tiles to workspace, and from there what the second pass needs.
-  const auto combine = [&](int64_t n, const double* tiles, float* of_sample) {
-    std::vector<double> sums(channels, 0.0), products(channels, 0.0);
-    for (int64_t i = 0; i < strips.tiles; ++i) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const double* pair = tiles +
-            (strips.strips == 1 ? 2 * i * channels + c : 2 * (c * strips.tiles + i));
-        sums[c] += pair[0];
-        products[c] += pair[strips.channels];
+
+  // From the sums of all lanes and tiles of a sample to its part of the workspace, and to what the second pass needs.
+  const auto combine = [&](int64_t first, int64_t n) {
+    std::vector<double> of_lanes(2 * lanes), sums(channels, 0.0), products(channels, 0.0);
+    for (int64_t strip = 0; strip < strips.strips; ++strip) {
+      std::fill(of_lanes.begin(), of_lanes.end(), 0.0);
+      for (int64_t i = 0; i < strips.tiles; ++i) {
+        const float* of_tile = &partial[((n * strips.strips + strip) * strips.tiles + i) * 2 * lanes];
+        for (int64_t w = 0; w < 2 * lanes; ++w) of_lanes[w] += of_tile[w];
+      }
+      for (int64_t w = 0; w < lanes; ++w) {
+        sums[strip + strips.channel_of[w]] += of_lanes[w];
+        products[strip + strips.channel_of[w]] += of_lanes[w + lanes];
       }
     }
+    const std::vector<float> scale = to_floats(b.scale, b.x_type, (first + n) * channels, channels);
     const double count = static_cast<double>(per_group * b.shape.plane);
-    for (int64_t group = 0; group < b.groups; ++group) {
-      const double rstd = b.rstd[n * b.groups + group];
+    std::vector<float> of_grads(channels), of_deviations(channels), constants(channels);
+    for (int64_t begin = 0; begin < channels; begin += per_group) {
+      const double rstd = b.rstd[(first + n) * b.groups + begin / per_group];
       double mean_grad = 0, mean_product = 0;
-      for (int64_t c = group * per_group; c < (group + 1) * per_group; ++c) {
-        const double gamma = static_cast<double>(weight[c]) * scale_of(n, c);
+      for (int64_t c = begin; c < begin + per_group; ++c) {
+        const double gamma = weight[c] * (1.0 + scale[c]);
+        products[c] *= rstd;
         mean_grad += gamma * sums[c] / count;
-        mean_product += gamma * rstd * products[c] / count;
+        mean_product += gamma * products[c] / count;
+        of_grads[c] = static_cast<float>(rstd * gamma);
+        b.workspace[2 * ((first + n) * channels + c)] = static_cast<float>(sums[c]);
+        b.workspace[2 * ((first + n) * channels + c) + 1] = static_cast<float>(products[c]);
       }
-      for (int64_t c = group * per_group; c < (group + 1) * per_group; ++c) {
-        b.workspace[2 * (n * channels + c)] = static_cast<float>(sums[c]);
-        b.workspace[2 * (n * channels + c) + 1] = static_cast<float>(rstd * products[c]);
-        of_sample[of_grad * channels + c] = static_cast<float>(rstd * weight[c] * scale_of(n, c));
-        of_sample[of_deviation * channels + c] = static_cast<float>(-rstd * rstd * mean_product);
-        of_sample[constant * channels + c] = static_cast<float>(-rstd * mean_grad);
+      for (int64_t c = begin; c < begin + per_group; ++c) {
+        of_deviations[c] = static_cast<float>(-rstd * rstd * mean_product);
+        constants[c] = static_cast<float>(-rstd * mean_grad);
       }
     }
-  };
-  const auto spread = [&](const Tile& tile, Column first, Column last, float* lanes) {
-    for (int64_t column = first; column < last; ++column) {
-      const float* from = table.data() + (tile.sample * columns + column) * channels + tile.channel;
-      std::copy_n(from, strips.channels, lanes + column * strips.lanes());
-      strips.spread(lanes + column * strips.lanes());
-    }
+    table.set(n, of_grad, of_grads.data());
+    table.set(n, of_deviation, of_deviations.data());
+    table.set(n, constant, constants.data());
   };
 
   for_batches(b.shape, 3 * size_of(b.x_type), [&](int64_t first, int64_t samples) {
-    partial.resize(samples * sample_tiles * strips.channels * 2);
-    table.resize(samples * columns * channels);
-    for (int64_t n = 0; n < samples; ++n) set_affine(first + n, &table[n * columns * channels]);
-    parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
-      const int64_t width_of_lanes = strips.lanes();
-      std::vector<float> x_buffer(strips.room()), grad_buffer(strips.room()), lanes(3 * width_of_lanes);
-      std::vector<float> sums(2 * width_of_lanes);
-      for (int64_t i = begin; i < end; ++i) {
-        const Tile tile = strips.tile(i);
-        const int64_t index = first * sample_size + tile.index, size = tile.pixels * strips.channels;
-        spread(tile, mean, of_grad, lanes.data());
-        const float* x = load(b.x, b.x_type, index, size, x_buffer.data());
-        const float* grad = load(b.grad, b.x_type, index, size, grad_buffer.data());
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        strips.for_rows(tile.pixels, [&](int64_t at, int64_t rows, int64_t width) {
-          const auto function = b.silu ? add_sums<true> : add_sums<false>;
-          function(grad + at, x + at, rows, width, &lanes[mean * width_of_lanes], &lanes[factor * width_of_lanes],
-              &lanes[offset * width_of_lanes], sums.data(), sums.data() + width_of_lanes);
-        });
-        double* out = &partial[i * strips.channels * 2];
-        strips.fold(sums.data(), out);
-        strips.fold(sums.data() + width_of_lanes, out + strips.channels);
-      }
+    partial.resize(samples * sample_tiles * 2 * lanes);
+    table.resize(samples);
+    for (int64_t n = 0; n < samples; ++n) set_affine(first, n);
+
+    // What both passes have in common; f gets a tile's gradient and x, its lanes and its number.
+    const auto for_tiles = [&](Column last, const auto& f) {
+      parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
+        std::vector<float> grad_buffer(strips.room()), x_buffer(strips.room()), scratch(table.room());
+        const float* lane[columns];
+        for (int64_t i = begin; i < end; ++i) {
+          const Tile tile = strips.tile(i);
+          const int64_t index = first * sample_size + tile.index, size = tile.rows * lanes + tile.left;
+          const T* grad = load_as<T>(b.grad, b.x_type, index, size, grad_buffer.data());
+          const T* x = load_as<T>(b.x, b.x_type, index, size, x_buffer.data());
+          for (int64_t column = 0; column < last; ++column) lane[column] = table.get(tile, column, scratch.data());
+          f(tile, i, index, grad, x, lane);
+        }
+      });
+    };
+    const auto sum = b.silu ? add_sums<true, T> : add_sums<false, T>;
+    for_tiles(of_grad, [&](const Tile& tile, int64_t i, int64_t, const T* grad, const T* x, const float* const* lane) {
+      float* out = &partial[i * 2 * lanes];
+      std::fill_n(out, 2 * lanes, 0.0f);
+      strips.for_rows(tile, [&](int64_t at, int64_t width) {
+        sum(grad + at, x + at, width, strips.half, lane, out, out + lanes);
+      });
     });
     torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        combine(first + n, partial.data() + n * sample_tiles * strips.channels * 2, &table[n * columns * channels]);
-      }
+      for (int64_t n = begin; n < end; ++n) combine(first, n);
     });
-    parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
-      const int64_t width_of_lanes = strips.lanes();
-      std::vector<float> x_buffer(strips.room()), grad_buffer(strips.room()), lanes(columns * width_of_lanes);
-      for (int64_t i = begin; i < end; ++i) {
-        const Tile tile = strips.tile(i);
-        const int64_t index = first * sample_size + tile.index, size = tile.pixels * strips.channels;
-        spread(tile, mean, columns, lanes.data());
-        const float* x = load(b.x, b.x_type, index, size, x_buffer.data());
-        const float* grad = load(b.grad, b.x_type, index, size, grad_buffer.data());
-        std::vector<float> result(strips.room());
-        float* out = place(b.grad_x, b.x_type, index, result.data());
-        strips.for_rows(tile.pixels, [&](int64_t at, int64_t rows, int64_t width) {
-          const auto function = b.silu ? set_grad_x<true> : set_grad_x<false>;
-          const auto column = [&](Column which) { return &lanes[which * width_of_lanes]; };
-          function(grad + at, x + at, rows, width, column(mean), column(factor), column(offset), column(of_grad),
-              column(of_deviation), column(constant), out + at);
-        });
-        if (out == result.data()) store(out, size, b.grad_x, b.x_type, index);
+    const auto set = b.silu ? set_grad_x<true, T> : set_grad_x<false, T>;
+    for_tiles(columns, [&](const Tile& tile, int64_t, int64_t index, const T* grad, const T* x, const float* const* lane) {
+      // In half precision, the result may take the place of what it was made from.
+      float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
+      T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
+      strips.for_rows(tile, [&](int64_t at, int64_t width) {
+        set(grad + at, x + at, width, strips.half, lane, out + at);
+      });
+      if (static_cast<void*>(out) == buffer) {
+        store(buffer, tile.rows * lanes + tile.left, b.grad_x, b.x_type, index);
       }
     });
   });
 
+  std::vector<double> grad_weight(channels, 0.0), grad_bias(channels, 0.0);
+  std::vector<float> row(2 * channels);
   for (int64_t n = 0; n < b.shape.samples; ++n) {
+    const std::vector<float> scale = to_floats(b.scale, b.x_type, n * channels, channels);
     for (int64_t c = 0; c < channels; ++c) {
       const double sum = b.workspace[2 * (n * channels + c)], product = b.workspace[2 * (n * channels + c) + 1];
-      grad_weight[c] += product * scale_of(n, c);
-      grad_bias[c] += sum * scale_of(n, c);
-      if (b.scale) {
-        const float grad_scale = static_cast<float>(product * weight[c] + sum * bias[c]);
-        const float grad_shift = static_cast<float>(sum);
-        store(&grad_scale, 1, b.grad_scale, b.x_type, n * channels + c);
-        store(&grad_shift, 1, b.grad_shift, b.x_type, n * channels + c);
-      }
+      grad_bias[c] += sum * (1.0 + scale[c]);
+      grad_weight[c] += product * (1.0 + scale[c]);
+      row[c] = static_cast<float>(product * weight[c] + sum * bias[c]);
+      row[channels + c] = static_cast<float>(sum);
     }
+    if (!b.scale) continue;
+    store(row.data(), channels, b.grad_scale, b.x_type, n * channels);
+    store(row.data() + channels, channels, b.grad_shift, b.x_type, n * channels);
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    const float of_weight = static_cast<float>(grad_weight[c]), of_bias = static_cast<float>(grad_bias[c]);
-    store(&of_weight, 1, b.grad_weight, b.parameter_type, c);
-    store(&of_bias, 1, b.grad_bias, b.parameter_type, c);
-  }
+  std::copy(grad_weight.begin(), grad_weight.end(), row.begin());
+  std::copy(grad_bias.begin(), grad_bias.end(), row.begin() + channels);
+  store(row.data(), channels, b.grad_weight, b.parameter_type, 0);
+  store(row.data() + channels, channels, b.grad_bias, b.parameter_type, 0);
+}
+
+}  // namespace
+
+void run(const GroupNormSiluBackward& b) {
+  prefer_huge_pages(b.grad_x, size_of(b.shape, b.x_type));
+  b.x_type == Type::bf16 ? run_as<Bf16>(b) : run_as<float>(b);
 }
 
 }  // namespace ddpm_fast::cpu

@@ -1,4 +1,5 @@
 #include "cpu/convert.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/tiles.h"
 
@@ -13,6 +14,7 @@ void add_noise(float a, float s, const float* __restrict__ x_start, const float*
 }  // namespace
 
 void run(const QSample& q) {
+  prefer_huge_pages(q.out, size_of(q.shape, q.out_type));
   const Type noise_type = q.x_type == Type::u8 ? Type::f32 : q.x_type;
   const auto key_of = [&](int64_t n) { return q.keys ? q.keys + 2 * n : nullptr; };
   for_each_run(q.shape, key_of, nullptr, [&](int64_t n, int64_t index, int64_t size, const float* noise) {

@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "common/philox.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/tiles.h"
 
@@ -16,6 +17,7 @@ void run(const FoldIn& f) {
 }
 
 void run(const Normal& r) {
+  prefer_huge_pages(r.out, r.count * r.size * 4);
   const Shape shape{r.count, 1, r.size, false};
   const auto key_of = [&](int64_t n) { return r.keys + 2 * n; };
   for_each_run(shape, key_of, nullptr, [&](int64_t, int64_t index, int64_t size, const float* noise) {

@@ -2,6 +2,7 @@
 
 #include "cpu/convert.h"
 #include "cpu/exponential.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/tiles.h"
 
@@ -36,6 +37,9 @@ void add_learned(float lower, float upper, const float* __restrict__ variance, c
 }  // namespace
 
 void run(const ReverseStep& r) {
+  prefer_huge_pages(r.x_next, size_of(r.shape, r.x_type));
+  prefer_huge_pages(r.x_start_out, size_of(r.shape, r.x_type));
+  prefer_huge_pages(r.model_input, size_of(r.shape, r.pred_type));
   const auto step_of = [&](int64_t n) { return r.step[r.step_is_shared ? 0 : n]; };
   const auto key_of = [&](int64_t n) -> const int64_t* {
     if (!r.keys) return nullptr;

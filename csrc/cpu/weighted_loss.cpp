@@ -1,4 +1,5 @@
 #include "cpu/convert.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/tiles.h"
 
@@ -34,6 +35,7 @@ void set_losses(float* __restrict__ error, float factor, int64_t size, float* __
 }  // namespace
 
 void run(const WeightedLoss& w) {
+  prefer_huge_pages(w.grad, size_of(w.shape, w.pred_type));
   const float sample_size = static_cast<float>(w.shape.channels * w.shape.plane);
   const auto key_of = [&](int64_t n) { return w.keys ? w.keys + 2 * n : nullptr; };
   std::vector<double> sums(w.shape.samples);
