@@ -4,10 +4,20 @@ Each op is a function with the arguments of the op of its name, which come check
 A timestep that is not in the table gives NaN: a kernel here has no way to fail.
 """
 
+from .group_norm_silu import group_norm_silu, group_norm_silu_backward
 from .q_sample import q_sample
 from .random import fold_in, normal
 from .reverse_step import reverse_step
 from .vlb_terms import vlb_terms
 from .weighted_loss import weighted_loss
 
-__all__ = ["fold_in", "normal", "q_sample", "reverse_step", "vlb_terms", "weighted_loss"]
+__all__ = [
+    "fold_in",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "normal",
+    "q_sample",
+    "reverse_step",
+    "vlb_terms",
+    "weighted_loss",
+]
