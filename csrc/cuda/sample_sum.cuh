@@ -2,11 +2,12 @@
 // block its threads, and, where a sample has several blocks, a second kernel the blocks.
 #pragma once
 
+#include "cuda/reduce.cuh"
 #include "cuda/tile.cuh"
 
 namespace ddpm_fast {
 
-constexpr int kSumThreads = 256, kWarp = 32;
+constexpr int kSumThreads = 256;
 
 struct SumPlan {
   int64_t segments, tiles_per_segment;  // a segment is a block's part of a sample
@@ -27,12 +28,6 @@ inline Grid grid_of_segments(int64_t samples, const SumPlan& plan) {
   const int64_t together = plan.segments > 1 ? 1 : std::min<int64_t>(samples, kSumThreads / plan.threads);
   const int64_t rows = divide_up(samples, together), layers = divide_up(rows, 65535);
   return {dim3(plan.segments, divide_up(rows, layers), layers), dim3(plan.threads, together)};
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-  return value;
 }
 
 // The sum over the threads of a row of the block, for its first thread. All threads must call it.

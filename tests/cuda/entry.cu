@@ -1,5 +1,7 @@
 // The launchers of the CUDA backend in one library with C names, for the tests to call.
 #include "cuda/launch.h"
+#include "cuda/group_norm_silu.cu"
+#include "cuda/group_norm_silu_backward.cu"
 #include "cuda/q_sample.cu"
 #include "cuda/random.cu"
 #include "cuda/reverse_step.cu"
@@ -23,5 +25,9 @@ ENTRY(QSample)
 ENTRY(WeightedLoss)
 ENTRY(ReverseStep)
 ENTRY(VlbTerms)
+ENTRY(GroupNormSilu)
+ENTRY(GroupNormSiluBackward)
 WORKSPACE(WeightedLoss)
 WORKSPACE(VlbTerms)
+WORKSPACE(GroupNormSilu)
+WORKSPACE(GroupNormSiluBackward)

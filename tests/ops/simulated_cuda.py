@@ -227,3 +227,52 @@ class Simulation:
             **dict(pred_type=TYPES[pred.dtype], x_is_bytes=x_start.dtype == torch.uint8),
         )
         return out
+
+    def group_norm_silu(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.empty_like(x, memory_format=memory_format(x))
+        mean, rstd = torch.empty(len(x), groups), torch.empty(len(x), groups)
+        self._launch(
+            "GroupNormSilu",
+            **dict(x=x, weight=weight, bias=bias, scale=scale, shift=shift, y=y, mean=mean, rstd=rstd),
+            **dict(shape=shape_of(x, image=True), groups=groups, eps=eps, silu=silu),
+            **dict(x_type=TYPES[x.dtype], parameter_type=TYPES[weight.dtype]),
+        )
+        return y, mean, rstd
+
+    def group_norm_silu_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: int,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        grad_x = torch.empty_like(x, memory_format=memory_format(x))
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        grad_scale, grad_shift = (None if p is None else torch.empty_like(p) for p in (scale, shift))
+        self._launch(
+            "GroupNormSiluBackward",
+            **dict(grad=grad, x=x, mean=mean, rstd=rstd, weight=weight, bias=bias, scale=scale, shift=shift),
+            **dict(grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias),
+            **dict(grad_scale=grad_scale, grad_shift=grad_shift),
+            **dict(shape=shape_of(x, image=True), groups=groups, silu=silu),
+            **dict(x_type=TYPES[x.dtype], parameter_type=TYPES[weight.dtype]),
+        )
+        nothing = x.new_empty(0)
+        grads = (nothing if g is None else g for g in (grad_scale, grad_shift))
+        return grad_x, grad_weight, grad_bias, *grads
