@@ -2,7 +2,8 @@
 // more than kFewSlices slices have a small launch between them.
 //
 // The statistics are safe where the mean is far larger than the spread: sums are of differences from a value among those
-// summed, and parts are joined by their means and their sums of squares about them (Chan et al. 1979).
+// summed, and parts are joined by their means and their sums of squares about them (Chan et al. 1979). Means are kept as
+// differences from the group's first element, which spares them the rounding at their own size.
 #include "cuda/group_norm.cuh"
 #include "cuda/launch.h"
 
@@ -11,8 +12,16 @@ namespace ddpm_fast {
 constexpr int64_t kFewSlices = 16;
 
 struct Moments {
-  float mean, squares;  // about the mean
+  float mean, squares;  // less the group's origin; about the mean
 };
+
+// The first element of a group.
+template <typename T>
+__device__ __forceinline__ float origin_of(const GroupNormSilu& g, int64_t group_channels, int64_t sample, int64_t group) {
+  const int64_t c = group * group_channels;
+  const int64_t i = sample * size_of(g.shape) + (g.shape.planar ? c * g.shape.plane : c);
+  return to_float(static_cast<const T*>(g.x)[i]);
+}
 
 // What the launches work on: slices of the statistics, in pixels or (planar) elements of a group, and of y.
 struct NormPlan {
@@ -46,10 +55,10 @@ struct Shifted {
     }
   }
 
-  __device__ Moments moments(int j) const {
+  __device__ Moments moments(int j, float origin) const {
     if (count == 0) return {0.0f, 0.0f};
     const float mean = sum[j] / static_cast<float>(count);
-    return {shift[j] + mean, fmaxf(fmaf(-mean, sum[j], squares[j]), 0.0f)};
+    return {shift[j] - origin + mean, fmaxf(fmaf(-mean, sum[j], squares[j]), 0.0f)};
   }
 };
 
@@ -73,8 +82,11 @@ __device__ __forceinline__ Moments* partial_of(const GroupNormSilu& g, const Nor
   return reinterpret_cast<Moments*>(g.workspace) + sample * plan.statistics.count * g.groups;
 }
 
-__device__ __forceinline__ void write_statistics(const GroupNormSilu& g, int64_t i, float count, const Moments& m) {
-  g.mean[i] = m.mean;
+template <typename T>
+__device__ __forceinline__ void write_statistics(
+    const GroupNormSilu& g, const NormPlan& plan, int64_t sample, int64_t group, float count, const Moments& m) {
+  const int64_t i = sample * g.groups + group;
+  g.mean[i] = origin_of<T>(g, plan.group_channels, sample, group) + m.mean;
   g.rstd[i] = 1.0f / sqrtf(m.squares / count + g.eps);
 }
 
@@ -104,7 +116,11 @@ __global__ void __launch_bounds__(kNormThreads)
     }
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) of_thread[j * kNormThreads + threadIdx.x] = sums.moments(j);
+    for (int j = 0; j < kWidth; ++j) {
+      const auto group = static_cast<uint32_t>(min(c + j, channels - 1)) / static_cast<uint32_t>(plan.group_channels);
+      const float origin = origin_of<T>(g, plan.group_channels, sample, group);
+      of_thread[j * kNormThreads + threadIdx.x] = sums.moments(j, origin);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < at.columns * kWidth; i += kNormThreads) {
       const int column = i % at.columns, lane = i / at.columns;
@@ -130,7 +146,7 @@ __global__ void __launch_bounds__(kNormThreads)
         plan.group_channels, total, [&](int64_t i) { return first[i]; }, [&](int64_t) { return in_channel; });
     if (threadIdx.x % kWarp != 0) continue;
     if (plan.statistics.count == 1)
-      write_statistics(g, sample * g.groups + group, total, m);
+      write_statistics<T>(g, plan, sample, group, total, m);
     else
       partial_of(g, plan, sample)[blockIdx.x * g.groups + group] = m;
   }
@@ -153,7 +169,7 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sums.add({x[j]});
   }
-  const Moments own = sums.moments(0);
+  const Moments own = sums.moments(0, origin_of<T>(g, plan.group_channels, sample, group));
   const auto count = static_cast<float>(sums.count), total = static_cast<float>(end - begin);
   if (threadIdx.x == 0) scratch[kNormThreads / kWarp] = own.mean;
   __syncthreads();
@@ -164,7 +180,7 @@ __global__ void __launch_bounds__(kNormThreads)
   if (threadIdx.x != 0) return;
   const Moments m{origin + shift, squares};
   if (plan.statistics.count == 1)
-    write_statistics(g, sample * g.groups + group, total, m);
+    write_statistics<T>(g, plan, sample, group, total, m);
   else
     partial_of(g, plan, sample)[slice * g.groups + group] = m;
 }
@@ -183,13 +199,15 @@ __device__ __forceinline__ Moments join_slices(
 }
 
 // A warp a group, where that is too much for every block of the output.
+template <typename T>
 __global__ void __launch_bounds__(kNormThreads)
     join_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kWarp) + threadIdx.x / kWarp;
   if (i >= g.shape.samples * g.groups) return;
   float total;
-  const Moments m = join_slices(g, plan, i / g.groups, i % g.groups, total);
-  if (threadIdx.x % kWarp == 0) write_statistics(g, i, total, m);
+  const int64_t sample = i / g.groups, group = i % g.groups;
+  const Moments m = join_slices(g, plan, sample, group, total);
+  if (threadIdx.x % kWarp == 0) write_statistics<T>(g, plan, sample, group, total, m);
 }
 
 template <typename T, int kWidth, bool kPlanar>
@@ -209,7 +227,7 @@ __global__ void __launch_bounds__(kNormThreads)
          group += kNormThreads / kWarp) {
       float total;
       const Moments m = join_slices(g, plan, sample, group, total);
-      if (threadIdx.x % kWarp == 0) write_statistics(g, sample * g.groups + group, total, m);
+      if (threadIdx.x % kWarp == 0) write_statistics<T>(g, plan, sample, group, total, m);
     }
     __syncthreads();
   }
@@ -252,7 +270,7 @@ static cudaError_t launch_norm(const GroupNormSilu& g, cudaStream_t stream) {
     statistics_kernel<T, kWidth><<<grid_of_slices(slices, samples), kNormThreads, shared, stream>>>(g, plan);
   }
   if (slices > kFewSlices)
-    join_kernel<<<divide_up(samples * g.groups, kNormThreads / kWarp), kNormThreads, 0, stream>>>(g, plan);
+    join_kernel<T><<<divide_up(samples * g.groups, kNormThreads / kWarp), kNormThreads, 0, stream>>>(g, plan);
   const size_t shared = channels_in_slice(g.shape, kPlanar, plan.output) * sizeof(Map);
   if (const auto error = allow_shared(output_kernel<T, kWidth, kPlanar>, shared)) return error;
   output_kernel<T, kWidth, kPlanar><<<grid_of_slices(plan.output.count, samples), kNormThreads, shared, stream>>>(g, plan);
