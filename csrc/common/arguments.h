@@ -59,6 +59,7 @@ struct WeightedLoss {
   LossType loss_type;
   Type pred_type, data_type;  // data_type is pred_type or float32; float32 if x_is_bytes
   bool x_is_bytes;
+  float* workspace;  // of the size that the backend asks for
 };
 
 // x_start_out = clip(u x + w pred); x_next = A x + B x_start_out + C x_start_prev + sigma noise,
@@ -97,6 +98,7 @@ struct VlbTerms {
   float low, high;
   Type pred_type;
   bool x_is_bytes;
+  float* workspace;  // of the size that the backend asks for
 };
 
 // y = silu((x - mean) rstd weight + bias), with (1 + scale) and + shift before the silu where they are given
@@ -114,6 +116,7 @@ struct GroupNormSilu {
   float eps;
   bool silu;
   Type x_type, parameter_type;  // parameter_type is x_type or float32
+  float* workspace;             // of the size that the backend asks for
 };
 
 struct GroupNormSiluBackward {

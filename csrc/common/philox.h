@@ -11,6 +11,17 @@ struct Words {
   uint32_t w0, w1, w2, w3;
 };
 
+// The product of two words in two halves. (nvcc makes a 64-bit product of the plain expression, and ptxas then adds the
+// zeros of its upper words.)
+DDPM_FAST_HOST_DEVICE void multiply(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
+#ifdef __CUDA_ARCH__
+  low = a * b, high = __umulhi(a, b);
+#else
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  low = static_cast<uint32_t>(product), high = static_cast<uint32_t>(product >> 32);
+#endif
+}
+
 // The counter's upper 64 bits are 0.
 DDPM_FAST_HOST_DEVICE Words philox(uint64_t seed, uint64_t counter) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -19,11 +30,13 @@ DDPM_FAST_HOST_DEVICE Words philox(uint64_t seed, uint64_t counter) {
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0, p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
+    uint32_t low0, high0, low1, high1;
+    multiply(0xD2511F53u, c0, low0, high0);
+    multiply(0xCD9E8D57u, c2, low1, high1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

@@ -1,2 +1,278 @@
-def missing():
-    return "not there yet"
+"""The CUDA kernels and their launchers on CPU tensors: the PTX that nvcc makes, executed by ptxsim.
+
+`Simulation(arch)` has a method for each op, with the op's strict signature; what it launched lies in `launches`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from ptxsim import Module, cuda_host, toolchain
+from torch import Tensor
+
+from ddpm_fast.ops.reference import memory_format
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (80, 90, 100)
+OPTIONS = ("-std=c++17", "-O3", "--fmad=false", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # enum class Type
+
+
+def _include() -> str:
+    return f"-I{Path(torch.__file__).parent / 'include'}"
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where this version of the sources is compiled to; kept from run to run."""
+    digest = hashlib.sha256(toolchain.run_tool([toolchain.find_tool("nvcc"), "--version"]).encode())
+    sources = [*(ROOT / "csrc").glob("common/*"), *(ROOT / "csrc").glob("cuda/*"), ROOT / "tests/cuda/entry.cu"]
+    for path in (*sorted(sources), Path(__file__)):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"ddpm_fast-tests-{os.getuid()}" / digest.hexdigest()[:16]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The launchers with the PTX of every architecture inside, linked with ptxsim's stand-in for the CUDA runtime."""
+    target = _folder() / "entry.so"
+    if not target.exists():
+        codes = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES]
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = [toolchain.find_tool("nvcc"), "-shared", "-cudart", "none", *OPTIONS, _include(), *codes]
+        command += ["-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=default", "-Xlinker", "-Bsymbolic"]
+        shim = Path(cuda_host.__file__).with_name("host_shim.c")
+        toolchain.run_tool([*command, "-o", str(partial), str(ROOT / "tests/cuda/entry.cu"), str(shim)])
+        partial.rename(target)
+    return ctypes.CDLL(str(target))
+
+
+@functools.cache
+def ptx(arch: int) -> str:
+    """The PTX of all kernels, as it lies in the library."""
+    library()
+    text = toolchain.run_tool([toolchain.find_tool("cuobjdump"), "-ptx", str(_folder() / "entry.so")])
+    (found,) = re.findall(rf"^\.version.*?^\.target sm_{arch}\b.*?(?=^Fatbin|\Z)", text, re.MULTILINE | re.DOTALL)
+    return found
+
+
+@functools.cache
+def structures() -> Mapping[str, type[ctypes.Structure]]:
+    """The structs of arguments.h as ctypes, read from it."""
+    kinds: dict[str, Any] = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "bool": ctypes.c_bool}
+    kinds |= {"Type": ctypes.c_int32, "LossType": ctypes.c_int32}
+    text = re.sub(r"//.*", "", (ROOT / "csrc/common/arguments.h").read_text())
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
+        fields = []
+        for declaration in filter(None, map(str.strip, body.split(";"))):
+            kind, names = re.fullmatch(r"(?:const )?(\w+\*?) ([\w, ]+)", declaration).groups()
+            fields += [(each, ctypes.c_void_p if kind[-1] == "*" else kinds[kind]) for each in names.split(", ")]
+        kinds[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return SimpleNamespace(**{name: kind for name, kind in kinds.items() if name[0].isupper()})
+
+
+def shape_of(x: Tensor, *, image: bool | None = None) -> Any:
+    """Shape of arguments.h. Tensors without image axes are one channel, unless `image`."""
+    image = x.ndim >= 4 if image is None else image
+    samples = len(x)
+    size = x.numel() // samples if samples else 0
+    if not image:
+        return structures().Shape(samples, 1, size, False)
+    channels = x.shape[1]
+    plane = size // channels if channels else 0
+    channels_last = memory_format(x) != torch.contiguous_format
+    return structures().Shape(samples, channels, plane, not channels_last and channels > 1 and plane > 1)
+
+
+class Simulation:
+    """The CUDA backend for one architecture: 80, 90 or 100."""
+
+    def __init__(self, arch: int) -> None:
+        self.host = cuda_host.HostLibrary(library(), Module(ptx(arch)), library())
+        self.launches = self.host.launches
+
+    def _launch(self, name: str, **values: Any) -> None:
+        kind = getattr(structures(), name)
+        entry = getattr(self.host.library, f"size_of_{name}")
+        assert ctypes.sizeof(kind) == entry(), f"{name} is laid out otherwise than ctypes believes"
+        tensors = [value for value in values.values() if isinstance(value, Tensor)]
+        arguments = kind(
+            **{key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in values.items() if x is not None}
+        )
+        if hasattr(kind, "workspace"):
+            measure = getattr(self.host.library, f"workspace_of_{name}")
+            measure.restype = ctypes.c_int64
+            workspace = torch.empty(measure(ctypes.byref(arguments)))
+            arguments.workspace = workspace.data_ptr() or None
+            tensors.append(workspace)
+        self.launches.clear()
+        error = self.host.call(f"launch_{name}", ctypes.byref(arguments), tensors=tensors)
+        if error:
+            raise RuntimeError(f"{name}: CUDA error {error}")
+
+    def fold_in(self, keys: Tensor, data: Tensor) -> Tensor:
+        out = torch.empty_like(keys)
+        self._launch("FoldIn", keys=keys, data=data, out=out, count=len(keys))
+        return out
+
+    def normal(self, keys: Tensor, size: int) -> Tensor:
+        out = torch.empty(len(keys), size)
+        self._launch("Normal", keys=keys, out=out, count=len(keys), size=size)
+        return out
+
+    def q_sample(
+        self,
+        x_start: Tensor,
+        noise: Tensor | None,
+        keys: Tensor | None,
+        t: Tensor,
+        rows: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = torch.empty_like(x_start, dtype=dtype, memory_format=memory_format(x_start))
+        self._launch(
+            "QSample",
+            **dict(x_start=x_start, noise=noise, keys=keys, t=t, rows=rows, out=out, shape=shape_of(x_start)),
+            **dict(timesteps=len(rows), x_type=TYPES[x_start.dtype], out_type=TYPES[dtype]),
+        )
+        return out
+
+    def weighted_loss(
+        self,
+        pred: Tensor,
+        x_start: Tensor | None,
+        noise: Tensor | None,
+        keys: Tensor | None,
+        t: Tensor,
+        rows: Tensor,
+        loss_type: int,
+        scale: float,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        loss = torch.empty(len(pred))
+        grad = torch.empty_like(pred, memory_format=memory_format(pred)) if with_grad else None
+        data = {x.dtype for x in (x_start, noise) if x is not None} or {pred.dtype}
+        bytes_ = x_start is not None and x_start.dtype == torch.uint8
+        data_type = torch.float32 if bytes_ else data.pop()
+        self._launch(
+            "WeightedLoss",
+            **dict(pred=pred, x_start=x_start, noise=noise, keys=keys, t=t, rows=rows, loss=loss, grad=grad),
+            **dict(shape=shape_of(pred), timesteps=len(rows), scale=scale, loss_type=loss_type),
+            **dict(pred_type=TYPES[pred.dtype], data_type=TYPES[data_type], x_is_bytes=bytes_),
+        )
+        return loss, pred.new_empty(0) if grad is None else grad
+
+    def reverse_step(
+        self,
+        x: Tensor,
+        pred: Tensor,
+        noise: Tensor | None,
+        keys: Tensor | None,
+        x_start_prev: Tensor | None,
+        variance: Tensor | None,
+        bounds: Tensor | None,
+        step: Tensor,
+        rows: Tensor,
+        low: float,
+        high: float,
+        return_x_start: bool,
+        return_model_input: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def like(wanted: bool, dtype: torch.dtype) -> Tensor | None:
+            return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x)) if wanted else None
+
+        x_next, x_start = like(True, x.dtype), like(return_x_start, x.dtype)
+        model_input = like(return_model_input, pred.dtype)
+        self._launch(
+            "ReverseStep",
+            **dict(x=x, pred=pred, noise=noise, keys=keys, x_start_prev=x_start_prev, variance=variance),
+            **dict(bounds=bounds, step=step, rows=rows, x_next=x_next, x_start_out=x_start, model_input=model_input),
+            **dict(shape=shape_of(x), steps=len(rows), columns=rows.shape[1], low=low, high=high),
+            **dict(key_steps=0 if keys is None else len(keys), step_is_shared=step.ndim == 0),
+            **dict(x_type=TYPES[x.dtype], pred_type=TYPES[pred.dtype]),
+        )
+        nothing = x.new_empty(0)
+        return (
+            x_next,
+            nothing if x_start is None else x_start,
+            nothing.to(pred.dtype) if model_input is None else model_input,
+        )
+
+    def vlb_terms(
+        self,
+        x_start: Tensor,
+        x_t: Tensor,
+        pred: Tensor,
+        variance: Tensor | None,
+        t: Tensor,
+        rows: Tensor,
+        low: float,
+        high: float,
+    ) -> Tensor:
+        out = torch.empty(len(x_t))
+        self._launch(
+            "VlbTerms",
+            **dict(x_start=x_start, x_t=x_t, pred=pred, variance=variance, t=t, rows=rows, out=out),
+            **dict(shape=shape_of(x_t), timesteps=len(rows), columns=rows.shape[1], low=low, high=high),
+            **dict(pred_type=TYPES[pred.dtype], x_is_bytes=x_start.dtype == torch.uint8),
+        )
+        return out
+
+    def group_norm_silu(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.empty_like(x, memory_format=memory_format(x))
+        mean, rstd = torch.empty(len(x), groups), torch.empty(len(x), groups)
+        self._launch(
+            "GroupNormSilu",
+            **dict(x=x, weight=weight, bias=bias, scale=scale, shift=shift, y=y, mean=mean, rstd=rstd),
+            **dict(shape=shape_of(x, image=True), groups=groups, eps=eps, silu=silu),
+            **dict(x_type=TYPES[x.dtype], parameter_type=TYPES[weight.dtype]),
+        )
+        return y, mean, rstd
+
+    def group_norm_silu_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: int,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        grad_x = torch.empty_like(x, memory_format=memory_format(x))
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        grad_scale, grad_shift = (None if p is None else torch.empty_like(p) for p in (scale, shift))
+        self._launch(
+            "GroupNormSiluBackward",
+            **dict(grad=grad, x=x, mean=mean, rstd=rstd, weight=weight, bias=bias, scale=scale, shift=shift),
+            **dict(grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias),
+            **dict(grad_scale=grad_scale, grad_shift=grad_shift),
+            **dict(shape=shape_of(x, image=True), groups=groups, silu=silu),
+            **dict(x_type=TYPES[x.dtype], parameter_type=TYPES[weight.dtype]),
+        )
+        nothing = x.new_empty(0)
+        grads = (nothing if g is None else g for g in (grad_scale, grad_shift))
+        return grad_x, grad_weight, grad_bias, *grads

@@ -1,0 +1,173 @@
+// What the forward and the backward pass of group_norm_silu share.
+//
+// A sample is cut in slices whose size depends on its shape alone, so that sums over a sample are in one order whatever the
+// batch. In channels-last tensors a slice is some pixels with all channels, and a thread keeps its channels; in planar ones
+// it is a piece of a contiguous run.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/reduce.cuh"
+#include "cuda/tile.cuh"
+
+namespace ddpm_fast {
+
+constexpr int kNormThreads = 256;
+constexpr int64_t kSliceElements = 16384;
+
+// A sum over some pixels or elements, `per_slice` of them in each slice.
+struct Slices {
+  int64_t per_slice, count;
+};
+
+inline Slices slices_of(int64_t total, int64_t width) {
+  const int64_t per_slice = std::max<int64_t>(kSliceElements / width, 1);
+  return {per_slice, divide_up(total, per_slice)};
+}
+
+// One slice of one sample for each block: x counts slices.
+inline dim3 grid_of_slices(int64_t slices, int64_t samples) {
+  const int64_t layers = divide_up(samples, 65535);
+  return dim3(slices, divide_up(samples, layers), layers);
+}
+
+__device__ __forceinline__ int64_t sample_of_block() { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
+
+// Calls f with the element type, the vectors' width and the layout as constants.
+template <typename F>
+cudaError_t with_norm_layout(Type type, const Shape& shape, std::initializer_list<const void*> tensors, const F& f) {
+  return with_float_type(type, [&](auto t) {
+    using Wide = std::integral_constant<int, 8>;
+    using Narrow = std::integral_constant<int, 1>;
+    const bool wide = (shape.planar ? shape.plane : shape.channels) % 8 == 0 && aligned(tensors);
+    if (shape.planar) return wide ? f(t, Wide{}, std::true_type{}) : f(t, Narrow{}, std::true_type{});
+    return wide ? f(t, Wide{}, std::false_type{}) : f(t, Narrow{}, std::false_type{});
+  });
+}
+
+// The place of a thread in a channels-last slice: its vector in a row of `columns` of them, and its row.
+struct Seat {
+  int columns, rows, column, row;
+};
+
+__device__ __forceinline__ Seat seat(const Shape& shape, int width) {
+  const int columns = static_cast<int>(min(shape.channels / width, static_cast<int64_t>(kNormThreads)));
+  const int thread = threadIdx.x;
+  return {columns, kNormThreads / columns, thread % columns, thread / columns};
+}
+
+// More than 48 KiB of shared memory, as some thousand channels need, must be asked for.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
+  if (bytes <= 32 * 1024) return cudaSuccess;  // with 16 KiB that a kernel has besides
+  return cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+__device__ __forceinline__ float load_as(const void* data, Type type, int64_t i) {
+  if (type == Type::f32) return static_cast<const float*>(data)[i];
+  if (type == Type::bf16) return to_float(static_cast<const bfloat16*>(data)[i]);
+  return to_float(static_cast<const float16*>(data)[i]);
+}
+
+__device__ __forceinline__ void store_as(void* data, Type type, int64_t i, float value) {
+  if (type == Type::f32) static_cast<float*>(data)[i] = value;
+  if (type == Type::bf16) static_cast<bfloat16*>(data)[i] = from_float<bfloat16>(value);
+  if (type == Type::f16) static_cast<float16*>(data)[i] = from_float<float16>(value);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void load(const void* data, int64_t i, float (&out)[kWidth]) {
+  const auto v = *reinterpret_cast<const Vector<T, kWidth>*>(static_cast<const T*>(data) + i);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) out[j] = to_float(v.element[j]);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void store(void* data, int64_t i, const float (&values)[kWidth]) {
+  Vector<T, kWidth> v;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) v.element[j] = from_float<T>(values[j]);
+  *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(data) + i) = v;
+}
+
+// 1 / (1 + exp(-z)), to 2^-21 and better.
+__device__ __forceinline__ float sigmoid(float z) {
+  float e, s;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + e));
+  return s;
+}
+
+// The affine map of channel c of a sample after the norm, x_hat factor + term; and with the norm, where the factor
+// contains rstd: (x - mean) factor + term. (Folding the mean into the term would cancel where it is large.)
+struct Affine {
+  float factor, term;
+};
+
+struct Map {
+  float mean, factor, term;
+};
+
+template <class Arguments>
+__device__ __forceinline__ Affine affine(const Arguments& g, int64_t sample, int64_t c) {
+  const float weight = load_as(g.weight, g.parameter_type, c), bias = load_as(g.bias, g.parameter_type, c);
+  if (!g.scale) return {weight, bias};
+  const int64_t i = sample * g.shape.channels + c;
+  const float scale = 1.0f + load_as(g.scale, g.x_type, i);
+  return {weight * scale, fmaf(bias, scale, load_as(g.shift, g.x_type, i))};
+}
+
+template <class Arguments>
+__device__ __forceinline__ Map map_of(
+    const Arguments& g, int64_t group_channels, int64_t sample, int64_t c, float& rstd) {
+  const int64_t group = sample * g.groups + static_cast<uint32_t>(c) / static_cast<uint32_t>(group_channels);
+  const Affine a = affine(g, sample, c);
+  rstd = g.rstd[group];
+  return {g.mean[group], rstd * a.factor, a.term};
+}
+
+// The channels [first, last) that a block's slice of a sample has.
+struct Channels {
+  int64_t first, last;
+};
+
+template <bool kPlanar>
+__device__ __forceinline__ Channels channels_of_slice(const Shape& shape, int64_t begin, int64_t end) {
+  if (!kPlanar) return {0, shape.channels};
+  return {begin / shape.plane, (end - 1) / shape.plane + 1};
+}
+
+inline int64_t channels_in_slice(const Shape& shape, bool planar, const Slices& slices) {
+  return planar ? std::min(shape.channels, slices.per_slice / shape.plane + 2) : shape.channels;
+}
+
+// Calls f(offset in the sample, what `of_channel` holds for each element) for the vectors of this thread in a slice.
+// [begin, end) are pixels, or (planar) elements; of_channel begins with the slice's first channel.
+template <bool kPlanar, int kWidth, typename PerChannel, typename F>
+__device__ __forceinline__ void for_vectors(
+    const Shape& shape, int64_t begin, int64_t end, const PerChannel* of_channel, const F& f) {
+  PerChannel own[kWidth];
+  if constexpr (kPlanar) {
+    const int64_t first = begin / shape.plane;
+    for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kNormThreads * kWidth) {
+      // The distance from the first channel's beginning takes 32 bits, unless planes are that large.
+      const int64_t within = i - first * shape.plane;
+      const int64_t c = (within | shape.plane) >> 32
+          ? within / shape.plane
+          : static_cast<uint32_t>(within) / static_cast<uint32_t>(shape.plane);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) own[j] = of_channel[c];
+      f(i, own);
+    }
+  } else {
+    const Seat at = seat(shape, kWidth);
+    for (int64_t c = at.column * kWidth; c < shape.channels && at.row < at.rows; c += at.columns * kWidth) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) own[j] = of_channel[c + j];
+      for (int64_t p = begin + at.row; p < end; p += at.rows) f(p * shape.channels + c, own);
+    }
+  }
+}
+
+}  // namespace ddpm_fast

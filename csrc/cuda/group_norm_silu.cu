@@ -1,0 +1,287 @@
+// Group norm, an affine map and SiLU: one launch reads x for the statistics, one reads it again and writes y. Samples of
+// more than kFewSlices slices have a small launch between them.
+//
+// The statistics are safe where the mean is far larger than the spread: sums are of differences from a value among those
+// summed, and parts are joined by their means and their sums of squares about them (Chan et al. 1979). Means are kept as
+// differences from the group's first element, which spares them the rounding at their own size.
+#include "cuda/group_norm.cuh"
+#include "cuda/launch.h"
+
+namespace ddpm_fast {
+
+constexpr int64_t kFewSlices = 16;
+
+struct Moments {
+  float mean, squares;  // less the group's origin; about the mean
+};
+
+// The first element of a group.
+template <typename T>
+__device__ __forceinline__ float origin_of(const GroupNormSilu& g, int64_t group_channels, int64_t sample, int64_t group) {
+  const int64_t c = group * group_channels;
+  const int64_t i = sample * size_of(g.shape) + (g.shape.planar ? c * g.shape.plane : c);
+  return to_float(static_cast<const T*>(g.x)[i]);
+}
+
+// What the launches work on: slices of the statistics, in pixels or (planar) elements of a group, and of y.
+struct NormPlan {
+  Slices statistics, output;
+  int64_t group_channels;
+};
+
+static NormPlan plan_norm(const Shape& shape, int64_t groups) {
+  const int64_t each = shape.channels / groups;
+  if (shape.planar) return {slices_of(each * shape.plane, 1), slices_of(size_of(shape), 1), each};
+  const Slices pixels = slices_of(shape.plane, shape.channels);
+  return {pixels, pixels, each};
+}
+
+// Sums of differences from the first value, for `kLanes` series at once.
+template <int kLanes>
+struct Shifted {
+  float shift[kLanes], sum[kLanes] = {}, squares[kLanes] = {};
+  int count = 0;
+
+  __device__ void add(const float (&x)[kLanes]) {
+    if (count++ == 0) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) shift[j] = x[j];
+    }
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      const float difference = x[j] - shift[j];
+      sum[j] += difference;
+      squares[j] = fmaf(difference, difference, squares[j]);
+    }
+  }
+
+  __device__ Moments moments(int j, float origin) const {
+    if (count == 0) return {0.0f, 0.0f};
+    const float mean = sum[j] / static_cast<float>(count);
+    return {shift[j] - origin + mean, fmaxf(fmaf(-mean, sum[j], squares[j]), 0.0f)};
+  }
+};
+
+// Joins the moments that the threads of a warp have read(i) of, i < count, each of weight(i) values.
+template <typename Read, typename Weight>
+__device__ __forceinline__ Moments join(int64_t count, float total, const Read& read, const Weight& weight) {
+  const int lane = threadIdx.x % kWarp;
+  const float origin = read(0).mean;
+  float sum = 0.0f, squares = 0.0f;
+  for (int64_t i = lane; i < count; i += kWarp) sum = fmaf(weight(i), read(i).mean - origin, sum);
+  const float shift = warp_sum(sum) / total;
+  for (int64_t i = lane; i < count; i += kWarp) {
+    const Moments m = read(i);
+    const float difference = m.mean - origin - shift;
+    squares += fmaf(weight(i) * difference, difference, m.squares);
+  }
+  return {origin + shift, warp_sum(squares)};
+}
+
+__device__ __forceinline__ Moments* partial_of(const GroupNormSilu& g, const NormPlan& plan, int64_t sample) {
+  return reinterpret_cast<Moments*>(g.workspace) + sample * plan.statistics.count * g.groups;
+}
+
+template <typename T>
+__device__ __forceinline__ void write_statistics(
+    const GroupNormSilu& g, const NormPlan& plan, int64_t sample, int64_t group, float count, const Moments& m) {
+  const int64_t i = sample * g.groups + group;
+  g.mean[i] = origin_of<T>(g, plan.group_channels, sample, group) + m.mean;
+  g.rstd[i] = 1.0f / sqrtf(m.squares / count + g.eps);
+}
+
+// A slice's moments of each group. Channels-last: first of each channel, in shared memory.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kNormThreads)
+    statistics_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
+  extern __shared__ Moments of_channel[];
+  __shared__ Moments of_thread[kNormThreads * kWidth];
+  const int64_t sample = sample_of_block(), channels = g.shape.channels;
+  if (sample >= g.shape.samples) return;
+  const int64_t begin = blockIdx.x * plan.statistics.per_slice;
+  const int64_t end = min(begin + plan.statistics.per_slice, g.shape.plane);
+  const int pixels = static_cast<int>(end - begin);
+  const int64_t start = sample * size_of(g.shape);
+  const Seat at = seat(g.shape, kWidth);
+
+  for (int64_t base = 0; base < channels; base += at.columns * kWidth) {
+    const int64_t c = base + at.column * kWidth;
+    Shifted<kWidth> sums;
+    if (c < channels && at.row < at.rows) {
+      for (int64_t p = begin + at.row; p < end; p += at.rows) {
+        float x[kWidth];
+        load<T>(g.x, start + p * channels + c, x);
+        sums.add(x);
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const auto group = static_cast<uint32_t>(min(c + j, channels - 1)) / static_cast<uint32_t>(plan.group_channels);
+      const float origin = origin_of<T>(g, plan.group_channels, sample, group);
+      of_thread[j * kNormThreads + threadIdx.x] = sums.moments(j, origin);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < at.columns * kWidth; i += kNormThreads) {
+      const int column = i % at.columns, lane = i / at.columns;
+      if (base + column * kWidth >= channels) continue;
+      const Moments* rows = of_thread + lane * kNormThreads + column;
+      const auto weight = [&](int y) { return static_cast<float>((pixels - y + at.rows - 1) / at.rows); };
+      const float origin = rows[0].mean;
+      float shift = 0.0f, squares = 0.0f;
+      for (int y = 0; y < at.rows; ++y) shift = fmaf(weight(y), rows[y * at.columns].mean - origin, shift);
+      shift /= static_cast<float>(pixels);
+      for (int y = 0; y < at.rows; ++y) {
+        const float difference = rows[y * at.columns].mean - origin - shift;
+        squares += fmaf(weight(y) * difference, difference, rows[y * at.columns].squares);
+      }
+      of_channel[base + column * kWidth + lane] = {origin + shift, squares};
+    }
+  }
+  __syncthreads();
+  const auto in_channel = static_cast<float>(pixels), total = in_channel * static_cast<float>(plan.group_channels);
+  for (int64_t group = threadIdx.x / kWarp; group < g.groups; group += kNormThreads / kWarp) {
+    const Moments* first = of_channel + group * plan.group_channels;
+    const Moments m = join(
+        plan.group_channels, total, [&](int64_t i) { return first[i]; }, [&](int64_t) { return in_channel; });
+    if (threadIdx.x % kWarp != 0) continue;
+    if (plan.statistics.count == 1)
+      write_statistics<T>(g, plan, sample, group, total, m);
+    else
+      partial_of(g, plan, sample)[blockIdx.x * g.groups + group] = m;
+  }
+}
+
+// Planar: a group is one run of memory, and a block has a slice of it. x counts slices of groups.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kNormThreads)
+    planar_statistics_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
+  __shared__ float scratch[kNormThreads / kWarp + 1];
+  const int64_t sample = sample_of_block();
+  if (sample >= g.shape.samples) return;
+  const int64_t group = blockIdx.x / plan.statistics.count, slice = blockIdx.x % plan.statistics.count;
+  const int64_t size = plan.group_channels * g.shape.plane, start = sample * size_of(g.shape) + group * size;
+  const int64_t begin = slice * plan.statistics.per_slice, end = min(begin + plan.statistics.per_slice, size);
+  Shifted<1> sums;
+  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += blockDim.x * kWidth) {
+    float x[kWidth];
+    load<T>(g.x, start + i, x);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sums.add({x[j]});
+  }
+  const Moments own = sums.moments(0, origin_of<T>(g, plan.group_channels, sample, group));
+  const auto count = static_cast<float>(sums.count), total = static_cast<float>(end - begin);
+  if (threadIdx.x == 0) scratch[kNormThreads / kWarp] = own.mean;
+  __syncthreads();
+  const float origin = scratch[kNormThreads / kWarp];
+  const float shift = block_sum(count * (own.mean - origin), scratch) / total;
+  const float difference = own.mean - origin - shift;
+  const float squares = block_sum(fmaf(count * difference, difference, own.squares), scratch);
+  if (threadIdx.x != 0) return;
+  const Moments m{origin + shift, squares};
+  if (plan.statistics.count == 1)
+    write_statistics<T>(g, plan, sample, group, total, m);
+  else
+    partial_of(g, plan, sample)[slice * g.groups + group] = m;
+}
+
+// The moments of a group from those of its slices, by one warp.
+__device__ __forceinline__ Moments join_slices(
+    const GroupNormSilu& g, const NormPlan& plan, int64_t sample, int64_t group, float& total) {
+  const int64_t each = g.shape.planar ? 1 : plan.group_channels;
+  const int64_t size = plan.group_channels * g.shape.plane, in_slice = plan.statistics.per_slice * each;
+  const int64_t last = size - (plan.statistics.count - 1) * in_slice;
+  const Moments* partial = partial_of(g, plan, sample) + group;
+  total = static_cast<float>(size);
+  return join(
+      plan.statistics.count, total, [&](int64_t i) { return partial[i * g.groups]; },
+      [&](int64_t i) { return static_cast<float>(i + 1 < plan.statistics.count ? in_slice : last); });
+}
+
+// A warp a group, where that is too much for every block of the output.
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads)
+    join_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kWarp) + threadIdx.x / kWarp;
+  if (i >= g.shape.samples * g.groups) return;
+  float total;
+  const int64_t sample = i / g.groups, group = i % g.groups;
+  const Moments m = join_slices(g, plan, sample, group, total);
+  if (threadIdx.x % kWarp == 0) write_statistics<T>(g, plan, sample, group, total, m);
+}
+
+template <typename T, int kWidth, bool kPlanar>
+__global__ void __launch_bounds__(kNormThreads)
+    output_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
+  extern __shared__ Map maps[];
+  const int64_t sample = sample_of_block();
+  if (sample >= g.shape.samples) return;
+  const int64_t begin = blockIdx.x * plan.output.per_slice;
+  const int64_t end = min(begin + plan.output.per_slice, kPlanar ? size_of(g.shape) : g.shape.plane);
+  const Channels channels = channels_of_slice<kPlanar>(g.shape, begin, end);
+
+  if (plan.statistics.count > 1 && plan.statistics.count <= kFewSlices) {
+    // Each block joins the slices itself, and keeps the result for the backward pass: they all write the same.
+    const int64_t last = (channels.last - 1) / plan.group_channels;
+    for (int64_t group = channels.first / plan.group_channels + threadIdx.x / kWarp; group <= last;
+         group += kNormThreads / kWarp) {
+      float total;
+      const Moments m = join_slices(g, plan, sample, group, total);
+      if (threadIdx.x % kWarp == 0) write_statistics<T>(g, plan, sample, group, total, m);
+    }
+    __syncthreads();
+  }
+  for (int64_t c = channels.first + threadIdx.x; c < channels.last; c += kNormThreads) {
+    float rstd;
+    maps[c - channels.first] = map_of(g, plan.group_channels, sample, c, rstd);
+  }
+  __syncthreads();
+
+  const int64_t start = sample * size_of(g.shape);
+  for_vectors<kPlanar, kWidth>(g.shape, begin, end, maps, [&](int64_t i, const Map (&map)[kWidth]) {
+    float x[kWidth];
+    load<T>(g.x, start + i, x);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float z = fmaf(x[j] - map[j].mean, map[j].factor, map[j].term);
+      x[j] = g.silu ? z * sigmoid(z) : z;
+    }
+    store<T>(g.y, start + i, x);
+  });
+}
+
+int64_t workspace_size(const GroupNormSilu& g) {
+  const int64_t slices = plan_norm(g.shape, g.groups).statistics.count;
+  return slices > 1 ? g.shape.samples * slices * g.groups * 2 : 0;
+}
+
+template <typename T, int kWidth, bool kPlanar>
+static cudaError_t launch_norm(const GroupNormSilu& g, cudaStream_t stream) {
+  const NormPlan plan = plan_norm(g.shape, g.groups);
+  const int64_t samples = g.shape.samples, slices = plan.statistics.count;
+  if constexpr (kPlanar) {
+    const int64_t vectors = divide_up(std::min(plan.statistics.per_slice, plan.group_channels * g.shape.plane), kWidth);
+    const int64_t warps = std::min<int64_t>(divide_up(vectors, kWarp), kNormThreads / kWarp);
+    planar_statistics_kernel<T, kWidth>
+        <<<grid_of_slices(slices * g.groups, samples), warps * kWarp, 0, stream>>>(g, plan);
+  } else {
+    const size_t shared = g.shape.channels * sizeof(Moments);
+    if (const auto error = allow_shared(statistics_kernel<T, kWidth>, shared)) return error;
+    statistics_kernel<T, kWidth><<<grid_of_slices(slices, samples), kNormThreads, shared, stream>>>(g, plan);
+  }
+  if (slices > kFewSlices)
+    join_kernel<T><<<divide_up(samples * g.groups, kNormThreads / kWarp), kNormThreads, 0, stream>>>(g, plan);
+  const size_t shared = channels_in_slice(g.shape, kPlanar, plan.output) * sizeof(Map);
+  if (const auto error = allow_shared(output_kernel<T, kWidth, kPlanar>, shared)) return error;
+  output_kernel<T, kWidth, kPlanar><<<grid_of_slices(plan.output.count, samples), kNormThreads, shared, stream>>>(g, plan);
+  return cudaGetLastError();
+}
+
+cudaError_t launch(const GroupNormSilu& g, cudaStream_t stream) {
+  if (g.shape.samples == 0 || size_of(g.shape) == 0) return cudaSuccess;
+  return with_norm_layout(g.x_type, g.shape, {g.x, g.y}, [&](auto t, auto width, auto planar) {
+    return launch_norm<decltype(t), decltype(width)::value, decltype(planar)::value>(g, stream);
+  });
+}
+
+}  // namespace ddpm_fast
