@@ -116,7 +116,7 @@ struct GroupNormSilu {
   float eps;
   bool silu;
   Type x_type, parameter_type;  // parameter_type is x_type or float32
-  float* workspace;             // of the size that the backend asks for
+  float* workspace;  // of the size that the backend asks for
 };
 
 struct GroupNormSiluBackward {
@@ -133,11 +133,11 @@ struct GroupNormSiluBackward {
   void* grad_bias;    // (channels,) parameter_type
   void* grad_scale;   // (samples, channels) x_type, or null
   void* grad_shift;
-  float* workspace;  // (samples, channels, 2): sums of the gradient, and of the gradient times x's normalised value
   Shape shape;
   int64_t groups;
   bool silu;
   Type x_type, parameter_type;
+  float* workspace;  // of the size that the backend asks for
 };
 
 }  // namespace ddpm_fast

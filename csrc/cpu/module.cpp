@@ -13,6 +13,10 @@ struct Cpu {
   static void run(const Arguments& arguments) {
     cpu::run(arguments);
   }
+  template <class Arguments>
+  static int64_t workspace_size(const Arguments& arguments) {
+    return cpu::workspace_size(arguments);
+  }
 };
 
 }  // namespace

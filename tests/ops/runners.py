@@ -1,5 +1,6 @@
 """Who runs an op in a test: a backend on its device, or in a simulator where that device is absent."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ptxsim import toolchain
 
 from ddpm_fast.ops import native
 from ddpm_fast.ops.backends import OPS
@@ -44,10 +46,11 @@ def simulated_triton(cc: int) -> Callable[[str, tuple], Any]:
     return call
 
 
-def simulated_cuda(cc: int) -> Callable[[str, tuple], Any]:
-    import simulated_cuda
+def simulated_cuda(arch: int) -> Callable[[str, tuple], Any]:
+    from simulated_cuda import Simulation
 
-    return lambda op, arguments: getattr(simulated_cuda, op)(*arguments, arch=cc)
+    simulation = functools.cache(lambda: Simulation(arch))  # compiled when the first test needs it
+    return lambda op, arguments: getattr(simulation(), op)(*arguments)
 
 
 def runners() -> list[Any]:
@@ -66,9 +69,8 @@ def runners() -> list[Any]:
         add("triton", lambda: on_device("ddpm_fast_triton", "cuda"), no_triton)
         add("cuda", lambda: on_device("ddpm_fast", "cuda"), native.modules["cuda"].reason)
         return found
-    import simulated_cuda as cuda
-
+    no_nvcc = "" if toolchain.has_tool("nvcc") else "nvcc was not found"
     for cc in SIMULATED:
         add(f"triton-sm{cc}", lambda cc=cc: simulated_triton(cc), no_triton, simulated=True)
-        add(f"cuda-sm{cc}", lambda cc=cc: simulated_cuda(cc), cuda.missing(), simulated=True)
+        add(f"cuda-sm{cc}", lambda cc=cc: simulated_cuda(cc), no_nvcc, simulated=True)
     return found

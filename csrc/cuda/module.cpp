@@ -1,0 +1,31 @@
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common/ops.h"
+#include "cuda/launch.h"
+
+namespace ddpm_fast {
+namespace {
+
+struct Cuda {
+  struct Guard {
+    explicit Guard(const Tensor& x) : device(x.get_device_index()) {}
+    torch::stable::accelerator::DeviceGuard device;
+  };
+
+  template <class Arguments>
+  static void run(const Arguments& arguments) {
+    namespace accelerator = torch::stable::accelerator;
+    void* stream = accelerator::getCurrentStream(accelerator::getCurrentDeviceIndex()).nativeHandle();
+    STD_CUDA_CHECK(launch(arguments, static_cast<cudaStream_t>(stream)));
+  }
+  template <class Arguments>
+  static int64_t workspace_size(const Arguments& arguments) {
+    return ddpm_fast::workspace_size(arguments);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, library) { Ops<Cuda>::register_all(library); }
+
+}  // namespace ddpm_fast
