@@ -92,6 +92,8 @@ class Op(NamedTuple):
     name: str
     kernel: Callable[..., Any]  # the strict op in plain PyTorch
     reference: Callable[..., Any]  # the same for autograd to differentiate
+    automatic: Callable[..., Any]  # the strict op as PyTorch dispatches it
+    triton: Callable[..., Any]  # the strict op as Triton does it
 
     def __call__(self, like: Tensor) -> Callable[..., Any]:
         """The function that serves tensors like the one given; the reference itself where that was asked for.
@@ -99,33 +101,32 @@ class Op(NamedTuple):
         Data in float64 is the reference's whatever the backend: the kernels' arithmetic is float32.
         """
         if _chosen is None:
-            if not torch.compiler.is_compiling():
-                _say_once(like.device.type)
+            if like.device.type in _unannounced:
+                _announce(like.device.type)
         elif not torch.compiler.is_compiling():
             serves, reason = _serves(_chosen, like)
             if not serves:
                 raise RuntimeError(f"{self.name}: backend {_chosen!r} was asked for, but {reason}")
-        if _chosen == "reference" or like.dtype == torch.float64:
+        if like.dtype == torch.float64 or _chosen == "reference":
             return self.reference
-        namespace = torch.ops.ddpm_fast_triton if _chosen == "triton" else torch.ops.ddpm_fast
-        return getattr(namespace, self.name).default
+        return self.triton if _chosen == "triton" else self.automatic
 
 
 OPS: dict[str, Op] = {}
 
-_silent_devices: set[str] = set()
+# Devices whose tensors the reference may have to serve, with nobody told so far.
+_unannounced = {name for name, module in native.modules.items() if not module.available}
 
 
-def _say_once(device: str) -> None:
-    if device in _silent_devices:
+def _announce(device: str) -> None:
+    """Says, once, that no kernels serve a device, and why."""
+    if torch.compiler.is_compiling():
         return
-    _silent_devices.add(device)
-    if device in native.modules and not native.modules[device].available:
-        if device == "cuda" and availability("triton")[0]:
-            return
-        warnings.warn(
-            f"ddpm_fast runs in plain PyTorch on {device} tensors: {native.modules[device].reason}", stacklevel=4
-        )
+    _unannounced.discard(device)
+    if device == "cuda" and availability("triton")[0]:
+        return
+    reason = native.modules[device].reason
+    warnings.warn(f"ddpm_fast runs in plain PyTorch on {device} tensors: {reason}", stacklevel=4)
 
 
 def define(
@@ -162,5 +163,8 @@ def define(
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"ddpm_fast::{name}", "CUDA")
     if not has_cuda and util.find_spec("triton") is not None:
         torch.library.impl(f"ddpm_fast::{name}", "cuda", triton)
-    OPS[name] = Op(name, kernel, reference)
+    automatic, triton_s = (
+        getattr(getattr(torch.ops, space), name).default for space in ("ddpm_fast", "ddpm_fast_triton")
+    )
+    OPS[name] = Op(name, kernel, reference, automatic, triton_s)
     return OPS[name]

@@ -227,7 +227,7 @@ def test_the_environment_can_choose():
 
 def test_a_fallback_is_said_once(monkeypatch):
     monkeypatch.setitem(native.modules, "cpu", native.Module(False, "the module was not built: no C++ compiler"))
-    monkeypatch.setattr(backends, "_silent_devices", set())
+    monkeypatch.setattr(backends, "_unannounced", {"cpu"})
     args, kwargs = arguments("q_sample")
     with pytest.warns(UserWarning, match="plain PyTorch on cpu tensors: the module was not built: no C\\+\\+ compiler"):
         ops.q_sample(*args, **kwargs)
