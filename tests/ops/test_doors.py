@@ -234,3 +234,15 @@ def test_a_fallback_is_said_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.q_sample(*args, **kwargs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a GPU")
+def test_triton_can_be_asked_for_where_a_simulator_is_its_driver():
+    pytest.importorskip("triton")
+    import ptxsim.triton
+
+    args, kwargs = arguments("q_sample")
+    with ptxsim.triton.simulate(cc=90) as launches, ddpm_fast.backend("triton"):
+        x_t = ops.q_sample(*args, **kwargs)
+    assert len(launches) == 1
+    torch.testing.assert_close(x_t, ops.q_sample(*args, **kwargs), rtol=1e-5, atol=1e-5)
