@@ -21,7 +21,7 @@ inline float gradient_before(float grad, float deviation, float minus_factor, fl
 }
 
 template <bool silu, class T>
-void add_sums(const T* grad, const T* x, int64_t width, int64_t half, const float* const* lane, float* sums,
+void add_sums(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane, float* sums,
     float* products) {
   const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
   const auto add = [=](int64_t w, float grad_y, float v) {
@@ -29,18 +29,23 @@ void add_sums(const T* grad, const T* x, int64_t width, int64_t half, const floa
     sums[w] += g;
     products[w] += g * d;
   };
-  visit(width, half, add, grad, x);
+  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
+    visit(width, half, add, grad + at, x + at);
+  });
 }
 
 template <bool silu, class T>
-void set_grad_x(const T* grad, const T* x, int64_t width, int64_t half, const float* const* lane, T* grad_x) {
+void set_grad_x(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane,
+    T* grad_x) {
   const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
   const float *of_grads = lane[of_grad], *of_deviations = lane[of_deviation], *constants = lane[constant];
   const auto gradient = [=](int64_t w, float grad_y, float v) {
     const float d = v - means[w], g = gradient_before<silu>(grad_y, d, factors[w], offsets[w]);
     return fused(g, of_grads[w], fused(d, of_deviations[w], constants[w]));
   };
-  map(width, half, grad_x, gradient, grad, x);
+  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
+    map(width, half, grad_x + at, gradient, grad + at, x + at);
+  });
 }
 
 template <class T>
@@ -131,9 +136,7 @@ void run_as(const GroupNormSiluBackward& b) {
     for_tiles(of_grad, [&](const Tile& tile, int64_t i, int64_t, const T* grad, const T* x, const float* const* lane) {
       float* out = &partial[i * 2 * lanes];
       std::fill_n(out, 2 * lanes, 0.0f);
-      strips.for_rows(tile, [&](int64_t at, int64_t width) {
-        sum(grad + at, x + at, width, strips.half, lane, out, out + lanes);
-      });
+      sum(strips, tile, grad, x, lane, out, out + lanes);
     });
     torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) combine(first, n);
@@ -143,9 +146,7 @@ void run_as(const GroupNormSiluBackward& b) {
       // In half precision, the result may take the place of what it was made from.
       float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
       T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
-      strips.for_rows(tile, [&](int64_t at, int64_t width) {
-        set(grad + at, x + at, width, strips.half, lane, out + at);
-      });
+      set(strips, tile, grad, x, lane, out);
       if (static_cast<void*>(out) == buffer) {
         store(buffer, tile.rows * lanes + tile.left, b.grad_x, b.x_type, index);
       }
