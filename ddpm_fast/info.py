@@ -46,8 +46,8 @@ def devices() -> list[str]:
 def backends() -> dict[str, tuple[bool, str]]:
     """Whether each backend can be used, and why not."""
     found = {"reference": (True, "plain PyTorch: every op")}
-    for name, (loaded, reason) in native.modules.items():
-        found[name] = (loaded, reason or "C++: q_sample")
+    for name, module in native.modules.items():
+        found[name] = (module.available, module.reason or f"C++, {module.file}")
     if found["cuda"][0] and not torch.cuda.is_available():
         found["cuda"] = (False, "built and loaded, but PyTorch finds no NVIDIA GPU")
     found["triton"] = (False, "no op has a Triton kernel yet")

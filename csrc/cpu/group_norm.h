@@ -19,7 +19,9 @@
 namespace ddpm_fast::cpu {
 
 struct Tile {
-  int64_t sample, strip, index, rows, left;  // where it begins in the tensor; full rows, and elements in a last, short one
+  int64_t sample, strip;
+  int64_t index;       // of its first element in the tensor
+  int64_t rows, left;  // full rows, and the elements of a last, short one
 };
 
 class Strips {
@@ -118,13 +120,17 @@ class LaneTable {
 // A tile's elements as T: bfloat16 where they lie, all else in float32.
 template <class T>
 const T* load_as(const void* base, Type type, int64_t index, int64_t size, float* buffer) {
-  if constexpr (std::is_same_v<T, Bf16>) return static_cast<const Bf16*>(at(base, type, index));
-  else return load(base, type, index, size, buffer);
+  if constexpr (std::is_same_v<T, Bf16>)
+    return static_cast<const Bf16*>(at(base, type, index));
+  else
+    return load(base, type, index, size, buffer);
 }
 template <class T>
 T* place_as(void* base, Type type, int64_t index, float* buffer) {
-  if constexpr (std::is_same_v<T, Bf16>) return static_cast<Bf16*>(at(base, type, index));
-  else return place(base, type, index, buffer);
+  if constexpr (std::is_same_v<T, Bf16>)
+    return static_cast<Bf16*>(at(base, type, index));
+  else
+    return place(base, type, index, buffer);
 }
 
 // (channels,) or (samples, channels) parameters in float32; `otherwise` where there are none.

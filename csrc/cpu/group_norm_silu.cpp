@@ -51,7 +51,8 @@ void normalise(const Strips& strips, const Tile& tile, const T* x, const float* 
     const float z = fused(v - means[w], factors[w], offsets[w]);  // -z
     return silu ? z / (-1.0f - exponential(z)) : -z;
   };
-  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) { map(width, half, y + at, value, x + at); });
+  strips.for_rows(
+      tile, [=, half = strips.half](int64_t at, int64_t width) { map(width, half, y + at, value, x + at); });
 }
 
 template <class T>
@@ -86,9 +87,8 @@ void run_as(const GroupNormSilu& g) {
         std::fill_n(c, per_group, std::accumulate(c, c + per_group, 0.0) / group_size);
       }
     };
-    for_tiles(means, [](int64_t, int64_t, double count, double center, double sum, double) {
-      return count * center + sum;
-    });
+    for_tiles(
+        means, [](int64_t, int64_t, double count, double center, double sum, double) { return count * center + sum; });
     spread_over_groups(means);
     for_tiles(squares, [&](int64_t w, int64_t strip, double count, double center, double sum, double square) {
       const double shift = center - means[strip + strips.channel_of[w]];

@@ -29,14 +29,13 @@ void add_sums(const Strips& strips, const Tile& tile, const T* grad, const T* x,
     sums[w] += g;
     products[w] += g * d;
   };
-  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
-    visit(width, half, add, grad + at, x + at);
-  });
+  strips.for_rows(
+      tile, [=, half = strips.half](int64_t at, int64_t width) { visit(width, half, add, grad + at, x + at); });
 }
 
 template <bool silu, class T>
-void set_grad_x(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane,
-    T* grad_x) {
+void set_grad_x(
+    const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane, T* grad_x) {
   const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
   const float *of_grads = lane[of_grad], *of_deviations = lane[of_deviation], *constants = lane[constant];
   const auto gradient = [=](int64_t w, float grad_y, float v) {
@@ -142,15 +141,16 @@ void run_as(const GroupNormSiluBackward& b) {
       for (int64_t n = begin; n < end; ++n) combine(first, n);
     });
     const auto set = b.silu ? set_grad_x<true, T> : set_grad_x<false, T>;
-    for_tiles(columns, [&](const Tile& tile, int64_t, int64_t index, const T* grad, const T* x, const float* const* lane) {
-      // In half precision, the result may take the place of what it was made from.
-      float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
-      T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
-      set(strips, tile, grad, x, lane, out);
-      if (static_cast<void*>(out) == buffer) {
-        store(buffer, tile.rows * lanes + tile.left, b.grad_x, b.x_type, index);
-      }
-    });
+    for_tiles(
+        columns, [&](const Tile& tile, int64_t, int64_t index, const T* grad, const T* x, const float* const* lane) {
+          // In half precision, the result may take the place of what it was made from.
+          float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
+          T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
+          set(strips, tile, grad, x, lane, out);
+          if (static_cast<void*>(out) == buffer) {
+            store(buffer, tile.rows * lanes + tile.left, b.grad_x, b.x_type, index);
+          }
+        });
   });
 
   std::vector<double> grad_weight(channels, 0.0), grad_bias(channels, 0.0);

@@ -30,7 +30,8 @@ void add_learned(float lower, float upper, const float* __restrict__ variance, c
     int64_t size, float* __restrict__ x_next) {
   for (int64_t i = 0; i < size; ++i) {
     const float fraction = (variance[i] + 1.0f) * 0.5f;
-    x_next[i] = x_next[i] + exponential(0.5f * (lower + fraction * (upper - lower))) * noise[i];
+    const float log_sigma = 0.5f * (lower + fraction * (upper - lower));
+    x_next[i] = x_next[i] + (log_sigma != log_sigma ? log_sigma : exponential(log_sigma)) * noise[i];
   }
 }
 

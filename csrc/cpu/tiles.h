@@ -9,13 +9,13 @@
 #include <initializer_list>
 #include <vector>
 
-#include "cpu/noise.h"
 #include "common/arguments.h"
 #include "cpu/convert.h"
+#include "cpu/noise.h"
 
 namespace ddpm_fast::cpu {
 
-constexpr int64_t tile_size = 2048;   // elements: a few arrays of them lie in the first cache
+constexpr int64_t tile_size = 2048;    // elements: a few arrays of them lie in the first cache
 constexpr int64_t fetch_size = 256;    // elements between two rounds of requests to memory
 constexpr int64_t grain_size = 16384;  // elements a thread is worth waking for
 
@@ -65,8 +65,8 @@ inline void fetch(const Sources& sources, int64_t index, int64_t size) {
 }
 
 // Calls body(sample, index, size, noise) for runs of at most tile_size elements, which begin `index` elements into the
-// tensor, and adds up what it returns into sums, one a sample, if not null. key_of(sample) is null if there are no keys,
-// and so is noise.
+// tensor, and adds up what it returns into sums, one a sample, if not null. key_of(sample) is null if there are no
+// keys, and so is noise.
 template <class KeyOf, class Body>
 void for_each_run(const Shape& shape, const KeyOf& key_of, const Sources& sources, double* sums, const Body& body) {
   const int64_t size = shape.channels * shape.plane;
@@ -78,7 +78,7 @@ void for_each_run(const Shape& shape, const KeyOf& key_of, const Sources& source
   const int64_t tiles = (extent + step - 1) / step;
   std::vector<double> partial(sums ? shape.samples * tiles : 0);
 
-  const int64_t grain = std::max<int64_t>(grain_size / (std::min(step, extent) * width), 1);
+  const int64_t grain = std::max<int64_t>(grain_size / std::max<int64_t>(std::min(step, extent) * width, 1), 1);
   torch::stable::parallel_for(0, shape.samples * tiles, grain, [&](int64_t begin, int64_t end) {
     const int64_t room = with_noise ? round_up(step * width, noise_step) : 0;
     std::vector<float> noise(room), planes(by_pixels ? room : 0);

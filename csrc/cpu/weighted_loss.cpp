@@ -43,7 +43,7 @@ void run(const WeightedLoss& w) {
   const Sources sources = {{w.pred, w.pred_type}, {w.x_start, x_type}};
   for_each_run(w.shape, key_of, sources, sums.data(), [&](int64_t n, int64_t index, int64_t size, const float* noise) {
     alignas(64) float pred_buffer[tile_size], x_buffer[tile_size], noise_buffer[tile_size], error[tile_size];
-    const auto [p, q, weight] = reinterpret_cast<const float(&)[3]>(w.rows[3 * w.t[n]]);
+    const auto [p, q, weight] = reinterpret_cast<const float (&)[3]>(w.rows[3 * w.t[n]]);
     const float* pred = load(w.pred, w.pred_type, index, size, pred_buffer);
     const float* x_start = nullptr;
     if (w.x_start) x_start = load(w.x_start, x_type, index, size, x_buffer);
@@ -52,9 +52,15 @@ void run(const WeightedLoss& w) {
     float* grad = w.grad ? place(w.grad, w.pred_type, index, pred_buffer) : nullptr;
     const float factor = w.scale * weight / sample_size;
     switch (w.loss_type) {
-      case LossType::l2: set_losses<LossType::l2>(error, factor, size, grad); break;
-      case LossType::l1: set_losses<LossType::l1>(error, factor, size, grad); break;
-      case LossType::huber: set_losses<LossType::huber>(error, factor, size, grad); break;
+      case LossType::l2:
+        set_losses<LossType::l2>(error, factor, size, grad);
+        break;
+      case LossType::l1:
+        set_losses<LossType::l1>(error, factor, size, grad);
+        break;
+      case LossType::huber:
+        set_losses<LossType::huber>(error, factor, size, grad);
+        break;
     }
     if (grad == pred_buffer) store(grad, size, w.grad, w.pred_type, index);
     return sum(error, size);
