@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .ops import native
 from .ops.backends import availability
 
 DESCRIPTIONS = {
@@ -55,6 +56,8 @@ def backends() -> dict[str, tuple[bool, str]]:
     found = {}
     for name, description in DESCRIPTIONS.items():
         available, reason = availability(name)
+        if available and name in native.modules:
+            description = f"{description}: {native.modules[name].file}"
         found[name] = (available, description if available else reason)
     return found
 

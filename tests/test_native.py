@@ -25,7 +25,7 @@ def test_ci_tests_the_compiled_modules():
 
 
 def test_a_module_is_there_or_says_why_not():
-    assert all(available or reason for available, reason in native.modules.values())
+    assert all(module.available or module.reason for module in native.modules.values())
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm")

@@ -40,10 +40,14 @@ inline std::string describe(const Tensor& tensor) {
 
 inline Type type_of(ScalarType type) {
   switch (type) {
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    case ScalarType::Byte: return Type::u8;
-    default: return Type::f32;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    case ScalarType::Byte:
+      return Type::u8;
+    default:
+      return Type::f32;
   }
 }
 
@@ -99,7 +103,7 @@ class Inputs {
     bool fits = x.dim() == first_.dim() && is_any_of(x.scalar_type(), types) && x.device() == device_;
     for (int64_t d = 0; fits && d < x.dim(); ++d) fits = x.size(d) == first_.size(d);
     STD_TORCH_CHECK(fits && (is_dense(x, format_) || x.numel() == 0), op_, ": ", name, " ", describe(x),
-        " does not go with ", describe(first_));
+        " does not go, in dtype, shape, layout or device, with ", describe(first_));
   }
   void check_data(const char* name, const std::optional<Tensor>& x, Types types) const {
     if (x) check_data(name, *x, types);
@@ -112,8 +116,8 @@ class Inputs {
       const int64_t size = sizes.begin()[d];
       fits = size == -1 || x.size(d) == size;
     }
-    STD_TORCH_CHECK(fits && (is_dense(x, MemoryFormat::Contiguous) || x.numel() == 0), op_, ": ", name, " ", describe(x),
-        " does not go with ", describe(first_));
+    STD_TORCH_CHECK(fits && (is_dense(x, MemoryFormat::Contiguous) || x.numel() == 0), op_, ": ", name, " ",
+        describe(x), " does not go, in dtype, shape, layout or device, with ", describe(first_));
   }
   void check_array(const char* name, const std::optional<Tensor>& x, ScalarType type, Sizes sizes) const {
     if (x) check_array(name, *x, type, sizes);

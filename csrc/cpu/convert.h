@@ -72,10 +72,17 @@ inline void narrow_f16(const float* __restrict__ from, int64_t size, uint16_t* _
 inline const float* load(const void* base, Type type, int64_t index, int64_t size, float* buffer) {
   const void* from = at(base, type, index);
   switch (type) {
-    case Type::f32: return static_cast<const float*>(from);
-    case Type::bf16: widen_bf16(static_cast<const uint16_t*>(from), size, buffer); break;
-    case Type::f16: widen_f16(static_cast<const uint16_t*>(from), size, buffer); break;
-    case Type::u8: widen_bytes(static_cast<const uint8_t*>(from), size, buffer); break;
+    case Type::f32:
+      return static_cast<const float*>(from);
+    case Type::bf16:
+      widen_bf16(static_cast<const uint16_t*>(from), size, buffer);
+      break;
+    case Type::f16:
+      widen_f16(static_cast<const uint16_t*>(from), size, buffer);
+      break;
+    case Type::u8:
+      widen_bytes(static_cast<const uint8_t*>(from), size, buffer);
+      break;
   }
   return buffer;
 }
@@ -83,10 +90,17 @@ inline const float* load(const void* base, Type type, int64_t index, int64_t siz
 inline void store(const float* values, int64_t size, void* base, Type type, int64_t index) {
   void* to = at(base, type, index);
   switch (type) {
-    case Type::f32: std::memcpy(to, values, size * sizeof(float)); break;
-    case Type::bf16: narrow_bf16(values, size, static_cast<uint16_t*>(to)); break;
-    case Type::f16: narrow_f16(values, size, static_cast<uint16_t*>(to)); break;
-    case Type::u8: break;  // nothing is rounded to bytes
+    case Type::f32:
+      std::memcpy(to, values, size * sizeof(float));
+      break;
+    case Type::bf16:
+      narrow_bf16(values, size, static_cast<uint16_t*>(to));
+      break;
+    case Type::f16:
+      narrow_f16(values, size, static_cast<uint16_t*>(to));
+      break;
+    case Type::u8:
+      break;  // nothing is rounded to bytes
   }
 }
 

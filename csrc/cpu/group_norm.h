@@ -19,7 +19,9 @@
 namespace ddpm_fast::cpu {
 
 struct Tile {
-  int64_t sample, strip, index, rows, left;  // where it begins in the tensor; full rows, and elements in a last, short one
+  int64_t sample, strip;
+  int64_t index;       // of its first element in the tensor
+  int64_t rows, left;  // full rows, and the elements of a last, short one
 };
 
 class Strips {
@@ -48,6 +50,8 @@ class Strips {
 
   int64_t tiles_per_sample() const { return strips * tiles; }
   int64_t room() const { return tile_pixels * channels; }  // of a tile, in elements
+  // The same where elements lie by lanes: a short row has gaps.
+  int64_t room_of_lanes() const { return (tile_pixels / row_pixels + 1) * lanes; }
 
   Tile tile(int64_t i) const {
     const int64_t strip = i / tiles, first = i % tiles * tile_pixels;
@@ -71,12 +75,14 @@ class Strips {
   std::vector<double> full_counts, last_counts;
 };
 
+// Bytes that the threads' own caches hold together.
+inline int64_t cache_size() { return (1 << 20) * static_cast<int64_t>(torch::stable::get_num_threads()); }
+
 // Calls f(first sample, samples) for as many samples at once as the threads' caches hold.
 template <class F>
 void for_batches(const Shape& shape, int64_t bytes_per_element, const F& f) {
-  const int64_t cache = (1 << 20) * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t bytes = shape.channels * shape.plane * bytes_per_element;
-  const int64_t batch = std::max<int64_t>(cache / std::max<int64_t>(bytes, 1), 1);
+  const int64_t batch = std::max<int64_t>(cache_size() / std::max<int64_t>(bytes, 1), 1);
   for (int64_t n = 0; n < shape.samples; n += batch) f(n, std::min(batch, shape.samples - n));
 }
 
@@ -118,13 +124,17 @@ class LaneTable {
 // A tile's elements as T: bfloat16 where they lie, all else in float32.
 template <class T>
 const T* load_as(const void* base, Type type, int64_t index, int64_t size, float* buffer) {
-  if constexpr (std::is_same_v<T, Bf16>) return static_cast<const Bf16*>(at(base, type, index));
-  else return load(base, type, index, size, buffer);
+  if constexpr (std::is_same_v<T, Bf16>)
+    return static_cast<const Bf16*>(at(base, type, index));
+  else
+    return load(base, type, index, size, buffer);
 }
 template <class T>
 T* place_as(void* base, Type type, int64_t index, float* buffer) {
-  if constexpr (std::is_same_v<T, Bf16>) return static_cast<Bf16*>(at(base, type, index));
-  else return place(base, type, index, buffer);
+  if constexpr (std::is_same_v<T, Bf16>)
+    return static_cast<Bf16*>(at(base, type, index));
+  else
+    return place(base, type, index, buffer);
 }
 
 // (channels,) or (samples, channels) parameters in float32; `otherwise` where there are none.

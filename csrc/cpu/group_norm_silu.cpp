@@ -45,15 +45,14 @@ void set_moments(const Strips& strips, const Tile& tile, const T* x, float* mome
 enum Column { mean, factor, offset, columns };
 
 template <bool silu, class T>
-void normalise(const T* x, int64_t width, int64_t half, const float* mean, const float* factor, const float* offset,
-    T* y) {
-  map(
-      width, half, y,
-      [=](int64_t w, float v) {
-        const float z = fused(v - mean[w], factor[w], offset[w]);  // -z
-        return silu ? z / (-1.0f - exponential(z)) : -z;
-      },
-      x);
+void normalise(const Strips& strips, const Tile& tile, const T* x, const float* means, const float* factors,
+    const float* offsets, T* y) {
+  const auto value = [=](int64_t w, float v) {
+    const float z = fused(v - means[w], factors[w], offsets[w]);  // -z
+    return silu ? z / (-1.0f - exponential(z)) : -z;
+  };
+  strips.for_rows(
+      tile, [=, half = strips.half](int64_t at, int64_t width) { map(width, half, y + at, value, x + at); });
 }
 
 template <class T>
@@ -88,9 +87,8 @@ void run_as(const GroupNormSilu& g) {
         std::fill_n(c, per_group, std::accumulate(c, c + per_group, 0.0) / group_size);
       }
     };
-    for_tiles(means, [](int64_t, int64_t, double count, double center, double sum, double) {
-      return count * center + sum;
-    });
+    for_tiles(
+        means, [](int64_t, int64_t, double count, double center, double sum, double) { return count * center + sum; });
     spread_over_groups(means);
     for_tiles(squares, [&](int64_t w, int64_t strip, double count, double center, double sum, double square) {
       const double shift = center - means[strip + strips.channel_of[w]];
@@ -143,9 +141,7 @@ void run_as(const GroupNormSilu& g) {
         const float* factors = table.get(tile, factor, scratch.data());
         const float* offsets = table.get(tile, offset, scratch.data());
         const auto function = g.silu ? normalise<true, T> : normalise<false, T>;
-        strips.for_rows(tile, [&](int64_t at, int64_t width) {
-          function(x + at, width, strips.half, means, factors, offsets, y + at);
-        });
+        function(strips, tile, x, means, factors, offsets, y);
         if (static_cast<void*>(y) == result.data()) store(result.data(), size, g.y, g.x_type, index);
       }
     });

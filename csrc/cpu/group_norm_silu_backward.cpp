@@ -8,39 +8,56 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-// y = silu((x - mean) factor + offset), whose gradient g before the silu is made again in both passes: that takes less
-// time than to store it. grad_x = of_grad g + of_deviation (x - mean) + constant.
+// y = silu((x - mean) factor + offset), with g the gradient before the silu; the table has -factor and -offset.
+// grad_x = of_grad g + of_deviation (x - mean) + constant.
 enum Column { mean, factor, offset, of_grad, of_deviation, constant, columns };
 
-template <bool silu>
-inline float gradient_before(float grad, float deviation, float minus_factor, float minus_offset) {
-  if constexpr (!silu) return grad;
+// Both passes need g. The second finds it kept by the first where that is still in the cache; from memory it would come
+// later than it is made again.
+enum class Gradient { no_silu, again, kept };
+
+inline float before_silu(float grad, float deviation, float minus_factor, float minus_offset) {
   const float z = fused(deviation, minus_factor, minus_offset), e = exponential(z);  // -z
   const float sigmoid = 1.0f / (1.0f + e);
   return grad * (sigmoid * fused(-z, e * sigmoid, 1.0f));
 }
 
-template <bool silu, class T>
-void add_sums(const T* grad, const T* x, int64_t width, int64_t half, const float* const* lane, float* sums,
-    float* products) {
+template <Gradient from, class T>
+void add_sums(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane, float* kept,
+    float* sums, float* products) {
   const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
-  const auto add = [=](int64_t w, float grad_y, float v) {
-    const float d = v - means[w], g = gradient_before<silu>(grad_y, d, factors[w], offsets[w]);
-    sums[w] += g;
-    products[w] += g * d;
-  };
-  visit(width, half, add, grad, x);
+  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
+    const auto add = [=](int64_t w, float grad_y, float v) {
+      const float d = v - means[w];
+      const float g = from == Gradient::no_silu ? grad_y : before_silu(grad_y, d, factors[w], offsets[w]);
+      if constexpr (from == Gradient::kept) kept[at + w] = g;
+      sums[w] += g;
+      products[w] += g * d;
+    };
+    visit(width, half, add, grad + at, x + at);
+  });
 }
 
-template <bool silu, class T>
-void set_grad_x(const T* grad, const T* x, int64_t width, int64_t half, const float* const* lane, T* grad_x) {
+template <Gradient from, class T>
+void set_grad_x(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane,
+    const float* kept, T* grad_x) {
   const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
   const float *of_grads = lane[of_grad], *of_deviations = lane[of_deviation], *constants = lane[constant];
-  const auto gradient = [=](int64_t w, float grad_y, float v) {
-    const float d = v - means[w], g = gradient_before<silu>(grad_y, d, factors[w], offsets[w]);
-    return fused(g, of_grads[w], fused(d, of_deviations[w], constants[w]));
-  };
-  map(width, half, grad_x, gradient, grad, x);
+  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
+    const auto gradient = [=](int64_t w, float g, float d) {
+      return fused(g, of_grads[w], fused(d, of_deviations[w], constants[w]));
+    };
+    if constexpr (from == Gradient::kept) {
+      const auto from_kept = [=](int64_t w, float v) { return gradient(w, kept[at + w], v - means[w]); };
+      map(width, half, grad_x + at, from_kept, x + at);
+    } else {
+      const auto from_both = [=](int64_t w, float grad_y, float v) {
+        const float d = v - means[w];
+        return gradient(w, from == Gradient::no_silu ? grad_y : before_silu(grad_y, d, factors[w], offsets[w]), d);
+      };
+      map(width, half, grad_x + at, from_both, grad + at, x + at);
+    }
+  });
 }
 
 template <class T>
@@ -107,7 +124,11 @@ void run_as(const GroupNormSiluBackward& b) {
     table.set(n, constant, constants.data());
   };
 
-  for_batches(b.shape, 3 * size_of(b.x_type), [&](int64_t first, int64_t samples) {
+  const int64_t bytes = 3 * size_of(b.x_type) + sizeof(float);
+  const bool keep = b.silu && sample_size * bytes <= 2 * cache_size();
+  std::vector<float> kept;
+  for_batches(b.shape, bytes, [&](int64_t first, int64_t samples) {
+    if (keep) kept.resize(samples * sample_tiles * strips.room_of_lanes());
     partial.resize(samples * sample_tiles * 2 * lanes);
     table.resize(samples);
     for (int64_t n = 0; n < samples; ++n) set_affine(first, n);
@@ -127,29 +148,31 @@ void run_as(const GroupNormSiluBackward& b) {
         }
       });
     };
-    const auto sum = b.silu ? add_sums<true, T> : add_sums<false, T>;
+    const auto kept_of = [&](int64_t i) { return keep ? kept.data() + i * strips.room_of_lanes() : nullptr; };
+    const auto sum = keep ? add_sums<Gradient::kept, T>
+        : b.silu          ? add_sums<Gradient::again, T>
+                          : add_sums<Gradient::no_silu, T>;
     for_tiles(of_grad, [&](const Tile& tile, int64_t i, int64_t, const T* grad, const T* x, const float* const* lane) {
       float* out = &partial[i * 2 * lanes];
       std::fill_n(out, 2 * lanes, 0.0f);
-      strips.for_rows(tile, [&](int64_t at, int64_t width) {
-        sum(grad + at, x + at, width, strips.half, lane, out, out + lanes);
-      });
+      sum(strips, tile, grad, x, lane, kept_of(i), out, out + lanes);
     });
     torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) combine(first, n);
     });
-    const auto set = b.silu ? set_grad_x<true, T> : set_grad_x<false, T>;
-    for_tiles(columns, [&](const Tile& tile, int64_t, int64_t index, const T* grad, const T* x, const float* const* lane) {
-      // In half precision, the result may take the place of what it was made from.
-      float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
-      T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
-      strips.for_rows(tile, [&](int64_t at, int64_t width) {
-        set(grad + at, x + at, width, strips.half, lane, out + at);
-      });
-      if (static_cast<void*>(out) == buffer) {
-        store(buffer, tile.rows * lanes + tile.left, b.grad_x, b.x_type, index);
-      }
-    });
+    const auto set = keep ? set_grad_x<Gradient::kept, T>
+        : b.silu          ? set_grad_x<Gradient::again, T>
+                          : set_grad_x<Gradient::no_silu, T>;
+    for_tiles(
+        columns, [&](const Tile& tile, int64_t i, int64_t index, const T* grad, const T* x, const float* const* lane) {
+          // In half precision, the result may take the place of what it was made from.
+          float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
+          T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
+          set(strips, tile, grad, x, lane, kept_of(i), out);
+          if (static_cast<void*>(out) == buffer) {
+            store(buffer, tile.rows * lanes + tile.left, b.grad_x, b.x_type, index);
+          }
+        });
   });
 
   std::vector<double> grad_weight(channels, 0.0), grad_bias(channels, 0.0);

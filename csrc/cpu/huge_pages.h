@@ -1,5 +1,5 @@
-// New results of many megabytes come in pages that the kernel has yet to map, 4 KiB at a time: that takes longer than to
-// fill them (a copy of 48 MiB to new memory: 20.6 ms, and 10.7 ms in huge pages, where Linux gives them on request).
+// New results of many megabytes come in pages that the kernel has yet to map, 4 KiB at a time: that takes longer than
+// to fill them (a copy of 48 MiB to new memory: 20.6 ms, and 10.7 ms in huge pages, where Linux gives them on request).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
 // Normals from keys. Philox works on vectors of 64-bit lanes, whose upper halves hold what is left of products: the
-// instruction sets multiply 32 bits by 32 into 64 in just such lanes. The rest is plain loops, which compilers vectorise.
+// instruction sets multiply 32 bits by 32 into 64 in just such lanes. The rest is plain loops, which compilers
+// vectorise.
 #include "cpu/noise.h"
 
 #include "common/box_muller.h"
@@ -20,7 +21,7 @@ constexpr int vector_bytes = 16;
 #endif
 typedef uint64_t Wide __attribute__((vector_size(vector_bytes)));
 constexpr int wide_lanes = vector_bytes / 8;
-constexpr int lanes = 2 * wide_lanes;     // blocks made at once
+constexpr int lanes = 2 * wide_lanes;       // blocks made at once
 constexpr int blocks = noise_step / 4 * 4;  // and kept, before they become normals
 
 // The products of the lower halves of the lanes.

@@ -17,7 +17,8 @@ void run(const QSample& q) {
   prefer_huge_pages(q.out, size_of(q.shape, q.out_type));
   const Type noise_type = q.x_type == Type::u8 ? Type::f32 : q.x_type;
   const auto key_of = [&](int64_t n) { return q.keys ? q.keys + 2 * n : nullptr; };
-  for_each_run(q.shape, key_of, nullptr, [&](int64_t n, int64_t index, int64_t size, const float* noise) {
+  const Sources sources = {{q.x_start, q.x_type}};
+  for_each_run(q.shape, key_of, sources, nullptr, [&](int64_t n, int64_t index, int64_t size, const float* noise) {
     alignas(64) float x_buffer[tile_size], noise_buffer[tile_size], out_buffer[tile_size];
     const float* row = q.rows + 2 * q.t[n];
     const float* x = load(q.x_start, q.x_type, index, size, x_buffer);

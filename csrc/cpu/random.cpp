@@ -20,7 +20,7 @@ void run(const Normal& r) {
   prefer_huge_pages(r.out, r.count * r.size * 4);
   const Shape shape{r.count, 1, r.size, false};
   const auto key_of = [&](int64_t n) { return r.keys + 2 * n; };
-  for_each_run(shape, key_of, nullptr, [&](int64_t, int64_t index, int64_t size, const float* noise) {
+  for_each_run(shape, key_of, {}, nullptr, [&](int64_t, int64_t index, int64_t size, const float* noise) {
     std::memcpy(r.out + index, noise, size * sizeof(float));
     return 0.0;
   });

@@ -30,7 +30,8 @@ void add_learned(float lower, float upper, const float* __restrict__ variance, c
     int64_t size, float* __restrict__ x_next) {
   for (int64_t i = 0; i < size; ++i) {
     const float fraction = (variance[i] + 1.0f) * 0.5f;
-    x_next[i] = x_next[i] + exponential(0.5f * (lower + fraction * (upper - lower))) * noise[i];
+    const float log_sigma = 0.5f * (lower + fraction * (upper - lower));
+    x_next[i] = x_next[i] + (log_sigma != log_sigma ? log_sigma : exponential(log_sigma)) * noise[i];
   }
 }
 
@@ -45,7 +46,9 @@ void run(const ReverseStep& r) {
     if (!r.keys) return nullptr;
     return r.keys + 2 * (r.key_steps == 1 ? n : step_of(n) * r.shape.samples + n);
   };
-  for_each_run(r.shape, key_of, nullptr, [&](int64_t n, int64_t index, int64_t size, const float* noise) {
+  const Sources sources = {
+      {r.x, r.x_type}, {r.pred, r.pred_type}, {r.x_start_prev, r.x_type}, {r.variance, r.pred_type}};
+  for_each_run(r.shape, key_of, sources, nullptr, [&](int64_t n, int64_t index, int64_t size, const float* noise) {
     alignas(64) float x_buffer[tile_size], pred_buffer[tile_size], x_start_buffer[tile_size], buffer[tile_size];
     const float* columns = r.rows + r.columns * step_of(n);
     const Row& row = reinterpret_cast<const Row&>(*columns);
@@ -53,11 +56,7 @@ void run(const ReverseStep& r) {
     const float* x = load(r.x, r.x_type, index, size, x_buffer);
     const float* pred = load(r.pred, r.pred_type, index, size, pred_buffer);
     float* x_start = r.x_start_out ? place(r.x_start_out, r.x_type, index, x_start_buffer) : x_start_buffer;
-    float* x_next = place(r.x_next, r.x_type, index, x_buffer);
-    // In x's place, what comes out is x's successor.
-    if (x == x_buffer) {
-      x_next = buffer;
-    }
+    float* x_next = place(r.x_next, r.x_type, index, buffer);
     set_means(row, low, high, x, pred, size, x_start, x_next);
     if (r.x_start_out && x_start == x_start_buffer) store(x_start, size, r.x_start_out, r.x_type, index);
     if (r.x_start_prev) add(row.C, load(r.x_start_prev, r.x_type, index, size, x_buffer), size, x_next);

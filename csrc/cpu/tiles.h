@@ -6,14 +6,17 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
-#include "cpu/noise.h"
 #include "common/arguments.h"
+#include "cpu/convert.h"
+#include "cpu/noise.h"
 
 namespace ddpm_fast::cpu {
 
-constexpr int64_t tile_size = 2048;   // elements: a few arrays of them lie in the first cache
+constexpr int64_t tile_size = 2048;    // elements: a few arrays of them lie in the first cache
+constexpr int64_t fetch_size = 256;    // elements between two rounds of requests to memory
 constexpr int64_t grain_size = 16384;  // elements a thread is worth waking for
 
 // The sum of the floats, which has room for a multiple of 16; in 16 lanes, whatever vectors there are.
@@ -46,11 +49,26 @@ inline void transpose(const float* __restrict__ in, int64_t channels, int64_t pi
   }
 }
 
+// What a body will read. While a tile's noise is made, which takes arithmetic alone, it is fetched from memory.
+struct Source {
+  const void* data;
+  Type type;
+};
+using Sources = std::initializer_list<Source>;
+
+inline void fetch(const Sources& sources, int64_t index, int64_t size) {
+  for (const Source& source : sources) {
+    if (!source.data) continue;
+    const char* from = static_cast<const char*>(at(source.data, source.type, index));
+    for (int64_t byte = 0; byte < size * size_of(source.type); byte += 64) __builtin_prefetch(from + byte);
+  }
+}
+
 // Calls body(sample, index, size, noise) for runs of at most tile_size elements, which begin `index` elements into the
-// tensor, and adds up what it returns into sums, one a sample, if not null. key_of(sample) is null if there are no keys,
-// and so is noise.
+// tensor, and adds up what it returns into sums, one a sample, if not null. key_of(sample) is null if there are no
+// keys, and so is noise.
 template <class KeyOf, class Body>
-void for_each_run(const Shape& shape, const KeyOf& key_of, double* sums, const Body& body) {
+void for_each_run(const Shape& shape, const KeyOf& key_of, const Sources& sources, double* sums, const Body& body) {
   const int64_t size = shape.channels * shape.plane;
   const bool with_noise = key_of(0) != nullptr;
   // Noise is counted by pixels: a tile of a planar sample is some pixels of all channels.
@@ -60,13 +78,17 @@ void for_each_run(const Shape& shape, const KeyOf& key_of, double* sums, const B
   const int64_t tiles = (extent + step - 1) / step;
   std::vector<double> partial(sums ? shape.samples * tiles : 0);
 
-  const int64_t grain = std::max<int64_t>(grain_size / (std::min(step, extent) * width), 1);
+  const int64_t grain = std::max<int64_t>(grain_size / std::max<int64_t>(std::min(step, extent) * width, 1), 1);
   torch::stable::parallel_for(0, shape.samples * tiles, grain, [&](int64_t begin, int64_t end) {
     const int64_t room = with_noise ? round_up(step * width, noise_step) : 0;
     std::vector<float> noise(room), planes(by_pixels ? room : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / tiles, first = i % tiles * step, count = std::min(step, extent - first);
-      if (with_noise) make_noise(key_of(n), first * width, count * width, noise.data());
+      for (int64_t j = 0; with_noise && j < count * width; j += fetch_size) {
+        const int64_t some = std::min(fetch_size, count * width - j);
+        if (!by_pixels) fetch(sources, n * size + first + j, some);
+        make_noise(key_of(n), first * width + j, some, noise.data() + j);
+      }
       double total = 0;
       if (by_pixels) {
         transpose(noise.data(), width, count, planes.data());
@@ -88,7 +110,7 @@ void for_each_run(const Shape& shape, const KeyOf& key_of, double* sums, const B
 // The same without noise from keys.
 template <class Body>
 void for_each_run(const Shape& shape, double* sums, const Body& body) {
-  for_each_run(shape, [](int64_t) { return static_cast<const int64_t*>(nullptr); }, sums, body);
+  for_each_run(shape, [](int64_t) { return static_cast<const int64_t*>(nullptr); }, {}, sums, body);
 }
 
 }  // namespace ddpm_fast::cpu

@@ -55,8 +55,8 @@ void set_decoder(const Row& row, float low, float high, const float* x_start, co
   }
 }
 
-void set_log_variances(float lower, float upper, const float* __restrict__ variance, int64_t size,
-    float* __restrict__ log_p) {
+void set_log_variances(
+    float lower, float upper, const float* __restrict__ variance, int64_t size, float* __restrict__ log_p) {
   for (int64_t i = 0; i < size; ++i) log_p[i] = lower + (variance[i] + 1.0f) * 0.5f * (upper - lower);
 }
 

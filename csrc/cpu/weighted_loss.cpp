@@ -37,22 +37,30 @@ void set_losses(float* __restrict__ error, float factor, int64_t size, float* __
 void run(const WeightedLoss& w) {
   prefer_huge_pages(w.grad, size_of(w.shape, w.pred_type));
   const float sample_size = static_cast<float>(w.shape.channels * w.shape.plane);
+  const Type x_type = w.x_is_bytes ? Type::u8 : w.data_type;
   const auto key_of = [&](int64_t n) { return w.keys ? w.keys + 2 * n : nullptr; };
   std::vector<double> sums(w.shape.samples);
-  for_each_run(w.shape, key_of, sums.data(), [&](int64_t n, int64_t index, int64_t size, const float* noise) {
+  const Sources sources = {{w.pred, w.pred_type}, {w.x_start, x_type}};
+  for_each_run(w.shape, key_of, sources, sums.data(), [&](int64_t n, int64_t index, int64_t size, const float* noise) {
     alignas(64) float pred_buffer[tile_size], x_buffer[tile_size], noise_buffer[tile_size], error[tile_size];
-    const auto [p, q, weight] = reinterpret_cast<const float(&)[3]>(w.rows[3 * w.t[n]]);
+    const auto [p, q, weight] = reinterpret_cast<const float (&)[3]>(w.rows[3 * w.t[n]]);
     const float* pred = load(w.pred, w.pred_type, index, size, pred_buffer);
     const float* x_start = nullptr;
-    if (w.x_start) x_start = load(w.x_start, w.x_is_bytes ? Type::u8 : w.data_type, index, size, x_buffer);
+    if (w.x_start) x_start = load(w.x_start, x_type, index, size, x_buffer);
     if (w.noise) noise = load(w.noise, w.data_type, index, size, noise_buffer);
     set_errors(pred, p, x_start, q, noise, size, error);
     float* grad = w.grad ? place(w.grad, w.pred_type, index, pred_buffer) : nullptr;
     const float factor = w.scale * weight / sample_size;
     switch (w.loss_type) {
-      case LossType::l2: set_losses<LossType::l2>(error, factor, size, grad); break;
-      case LossType::l1: set_losses<LossType::l1>(error, factor, size, grad); break;
-      case LossType::huber: set_losses<LossType::huber>(error, factor, size, grad); break;
+      case LossType::l2:
+        set_losses<LossType::l2>(error, factor, size, grad);
+        break;
+      case LossType::l1:
+        set_losses<LossType::l1>(error, factor, size, grad);
+        break;
+      case LossType::huber:
+        set_losses<LossType::huber>(error, factor, size, grad);
+        break;
     }
     if (grad == pred_buffer) store(grad, size, w.grad, w.pred_type, index);
     return sum(error, size);

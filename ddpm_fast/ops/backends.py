@@ -57,10 +57,10 @@ def availability(name: str) -> tuple[bool, str]:
     if name == "reference":
         return True, ""
     if name != "triton":
-        available, reason, _ = native.modules[name]
-        if available and name == "cuda" and not torch.cuda.is_available():
+        module = native.modules[name]
+        if module.available and name == "cuda" and not torch.cuda.is_available():
             return False, "built and loaded, but PyTorch finds no NVIDIA GPU"
-        return available, reason
+        return module.available, module.reason
     if util.find_spec("triton") is None:
         return False, "Triton is not installed"
     device = _triton_device()
