@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..reference import memory_format
 
-_TILE = 4096  # elements
+_TILE = 2048  # elements
 _PART = 32768  # elements of a program that sums
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
@@ -39,21 +39,20 @@ def _power(n: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _statistics_tiles(planar: bool, channels: int, plane: int, groups: int) -> _Tiles:
+def _statistics_tiles(planar: bool, channels: int, plane: int, groups: int) -> tuple[_Tiles, int]:
+    """The tiles, and how many groups one is across."""
     width = channels // groups
     if planar:
         size = width * plane
-        columns = min(_power(size), 1024)
-        length, blocks = triton.cdiv(size, columns), groups
-    else:
-        # 64 channels or more side by side, and whole groups
-        columns = max(min(64, _power(groups) * _power(width)), _power(width))
-        while columns * _power(plane) < _TILE and columns < _power(groups) * _power(width):
-            columns *= 2
-        length, blocks = plane, triton.cdiv(groups, columns // _power(width))
+        columns, together = min(_power(size), 1024), 1
+        length = triton.cdiv(size, columns)
+    else:  # whole groups, 64 channels or more side by side; more where there are few pixels
+        together = max(64 // width, _TILE // (_power(plane) * width), 1)
+        together = min(1 << together.bit_length() - 1, _power(groups))
+        columns, length = _power(together * width), plane
     rows = max(min(_power(length), _TILE // columns), 1)
     part = max(rows, _PART // columns)
-    return _Tiles(rows, columns, part, triton.cdiv(length, part), blocks)
+    return _Tiles(rows, columns, part, triton.cdiv(length, part), triton.cdiv(groups, together)), together
 
 
 @lru_cache(maxsize=1024)
@@ -92,7 +91,7 @@ def group_norm_silu(
         return y, mean.fill_(float("nan")), rstd.fill_(float("nan"))
     planar, channels, plane = geometry = _geometry(x)
     width = channels // groups
-    tiles = _statistics_tiles(*geometry, groups)
+    tiles, together = _statistics_tiles(*geometry, groups)
     # Parts leave their mean and the sum of squares around it, the last step takes them for mean and rstd.
     several = tiles.parts > 1
     sums = x.new_empty((2, mean.numel(), tiles.parts), dtype=torch.float32) if several else None
@@ -100,12 +99,13 @@ def group_norm_silu(
         x,
         sums[0] if several else mean,
         sums[1] if several else rstd,
-        groups,
         plane,
         eps,
         tiles.parts,
         PLANAR=planar,
+        GROUPS=groups,
         WIDTH=width,
+        TOGETHER=together,
         PART=tiles.part,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
@@ -145,69 +145,58 @@ def _statistics(
     x,
     mean,
     rstd,
-    groups,
     plane,
     eps,
     parts,
     PLANAR: tl.constexpr,
+    GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,  # channels of a group
+    TOGETHER: tl.constexpr,  # groups of a program
     PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FINAL: tl.constexpr,
 ):
-    sample, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sample, block, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first = part.to(tl.int64) * PART
-    column = tl.arange(0, COLUMNS)
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     if PLANAR:
-        GROUPS: tl.constexpr = 1
         size = WIDTH * plane
         stride, length = COLUMNS, tl.cdiv(size, COLUMNS)
-        base = (sample.to(tl.int64) * groups + block) * size
-        inside = column < COLUMNS
+        start = (sample * GROUPS + block) * size + first * COLUMNS
+        rest = tl.minimum(size - first * COLUMNS, PART * COLUMNS).to(tl.int32)  # elements of this part
+        count = rest
     else:
-        PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
-        GROUPS: tl.constexpr = COLUMNS // PADDED
-        stride, length = groups * WIDTH, plane
-        base = sample.to(tl.int64) * plane * stride + block * (GROUPS * WIDTH)
-        if PADDED == WIDTH:
-            inside = column < (groups - block * GROUPS) * WIDTH
-        else:
-            inside = (column % PADDED < WIDTH) & (column // PADDED < groups - block * GROUPS)
-            column = column // PADDED * WIDTH + column % PADDED
+        stride, length = GROUPS * WIDTH, plane
+        start = (sample * plane + first) * (GROUPS * WIDTH) + block * (TOGETHER * WIDTH)
+        rest = TOGETHER * WIDTH  # channels of this block
+        if GROUPS % TOGETHER != 0:
+            rest = tl.minimum(GROUPS - block * TOGETHER, TOGETHER) * WIDTH
+        count = tl.minimum(plane - first, PART).to(tl.int32) * WIDTH
+    rows = tl.minimum(length - first, PART).to(tl.int32)
+    offset = row * stride + column
 
-    rows = tl.minimum(length - first, PART).to(tl.int32)  # of this part
-    row = tl.arange(0, ROWS)[:, None]
-    pointers = x + (base + first * stride) + (row * stride + column[None, :])
-    mask = inside[None, :] & (row < rows)
-    if PLANAR:
-        rest = size - first * stride
-        mask &= row * stride + column[None, :] < rest
-    values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    if PLANAR:
-        count = tl.minimum(rest, PART * COLUMNS).to(tl.float32)
-        count_of_tile = tl.minimum(rest, ROWS * COLUMNS).to(tl.float32)
-    else:
-        count = (rows * WIDTH).to(tl.float32)
-        count_of_tile = (tl.minimum(rows, ROWS) * WIDTH).to(tl.float32)
-    near = sum_of_groups(values, GROUPS) / count_of_tile  # the mean of the first tile
-    spread = near[:, None].broadcast_to(GROUPS, COLUMNS // GROUPS).reshape(COLUMNS)[None, :]
+    mask = (offset < rest) if PLANAR else (column < rest) & (row < rows)
+    values = tl.load(x + start + offset, mask=mask, other=0.0).to(tl.float32)
+    here = tl.minimum(count, ROWS * (COLUMNS if PLANAR else WIDTH))
+    near = sum_of_groups(values, TOGETHER, WIDTH) / here.to(tl.float32)  # the mean of the first tile
+    spread = spread_to_columns(near, COLUMNS, TOGETHER, WIDTH)
     values = tl.where(mask, values - spread, 0.0)
     total, squares = values, values * values
-    for start in range(ROWS, rows, ROWS):
-        mask = inside[None, :] & (row < rows - start)
-        if PLANAR:
-            mask &= (start + row) * stride + column[None, :] < rest
-        values = tl.load(pointers + start.to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
+    for top in range(ROWS, rows, ROWS):
+        mask = (offset < rest - top * stride) if PLANAR else (column < rest) & (row < rows - top)
+        values = tl.load(x + (start + top.to(tl.int64) * stride) + offset, mask=mask, other=0.0).to(tl.float32)
         values = tl.where(mask, values - spread, 0.0)
         total += values
         squares += values * values
-    total, squares = sum_of_groups(total, GROUPS), sum_of_groups(squares, GROUPS)
-    group = block * GROUPS + tl.arange(0, GROUPS)
-    at = ((sample.to(tl.int64) * groups + group) * parts) + part
-    around = tl.maximum(squares - total * total / count, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(mean + at, near + total / count, mask=group < groups)
-    tl.store(rstd + at, rsqrt(around / count + eps) if FINAL else around, mask=group < groups)
+    total, squares = sum_of_groups(total, TOGETHER, WIDTH), sum_of_groups(squares, TOGETHER, WIDTH)
+
+    n = count.to(tl.float32)
+    around = tl.maximum(squares - total * total / n, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    group = block * TOGETHER + tl.arange(0, TOGETHER)
+    at = (sample * GROUPS + group) * parts + part
+    tl.store(mean + at, near + total / n, mask=group < GROUPS)
+    tl.store(rstd + at, rsqrt(around / n + eps) if FINAL else around, mask=group < GROUPS)
 
 
 @triton.jit
@@ -216,9 +205,29 @@ def rsqrt(x):
 
 
 @triton.jit
-def sum_of_groups(x, GROUPS: tl.constexpr):
-    """(ROWS, COLUMNS) to (GROUPS,)."""
-    return tl.sum(tl.sum(x, 0).reshape(GROUPS, x.shape[1] // GROUPS), 1)
+def sum_of_groups(x, TOGETHER: tl.constexpr, WIDTH: tl.constexpr):
+    """(ROWS, COLUMNS) to (TOGETHER,); a group has WIDTH columns, or all of them."""
+    x = tl.sum(x, 0)
+    if TOGETHER == 1 or x.shape[0] == TOGETHER * WIDTH:
+        x = tl.sum(x.reshape(TOGETHER, x.shape[0] // TOGETHER), 1)
+    else:
+        x = tl.sum(tl.where(members(TOGETHER, x.shape[0], WIDTH), x[None, :], 0.0), 1)
+    return x
+
+
+@triton.jit
+def spread_to_columns(x, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr):
+    """(TOGETHER,) to (1, COLUMNS)."""
+    if TOGETHER == 1 or TOGETHER * WIDTH == COLUMNS:
+        x = x[:, None].broadcast_to(TOGETHER, COLUMNS // TOGETHER).reshape(COLUMNS)
+    else:
+        x = tl.sum(tl.where(members(TOGETHER, COLUMNS, WIDTH), x[:, None], 0.0), 0)
+    return x[None, :]
+
+
+@triton.jit
+def members(TOGETHER: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.arange(0, COLUMNS)[None, :] // WIDTH == tl.arange(0, TOGETHER)[:, None]
 
 
 @triton.jit(do_not_specialize=["parts", "groups"])

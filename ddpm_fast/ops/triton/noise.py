@@ -93,46 +93,47 @@ def normals(seed, counter):
 
 
 @triton.jit
-def linear_noise(key, first, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """The elements first ... first + BLOCK - 1 of a stream, `first` being a multiple of 8.
+def flatten(e0, e1, e2, e3, BLOCK: tl.constexpr):
+    """Fours of neighbours in one run. They stay in their thread, and lie there as vector loads leave their data."""
+    return tl.join(tl.join(e0, e2), tl.join(e1, e3)).reshape(BLOCK)
 
-    The thread that makes blocks of four also keeps them: joined and flattened, they lie as vector loads of VECTOR
-    elements leave their data, and nothing goes through shared memory.
-    """
+
+@triton.jit
+def linear_noise(key, first, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The elements first ... first + BLOCK - 1 of a stream, `first` being a multiple of 8."""
     seed, offset = key
     counter = offset + first // 4 + VECTOR // 4 * tl.arange(0, BLOCK // VECTOR)
     z0, z1, z2, z3 = normals(seed, counter)
     if VECTOR == 8:
         z4, z5, z6, z7 = normals(seed, counter + 1)
         z0, z1, z2, z3 = tl.join(z0, z4), tl.join(z1, z5), tl.join(z2, z6), tl.join(z3, z7)
-    return (tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(BLOCK),)
+    return (flatten(z0, z1, z2, z3, BLOCK),)
 
 
 @triton.jit
-def pixel_group_noise(key, first, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK pixels from pixel `first` on, a multiple of 4, of each channel.
+def group_noise(key, first, channel, channels, LANES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """BLOCK pixels from pixel `first` on, a multiple of 8, of LANES channels.
 
-    Four pixels take CHANNELS whole blocks, and one thread makes them: element q CHANNELS + c is channel c of pixel q.
+    Four pixels take LANES whole blocks, and one thread makes them: element q LANES + c is channel c of pixel q.
     """
     seed, offset = key
-    counter = offset + (first // 4 + tl.arange(0, BLOCK // 4)) * CHANNELS
+    pixel = first + VECTOR * tl.arange(0, BLOCK // VECTOR)
+    if LANES == 4:  # a block is a pixel's
+        counter, stride = offset + pixel * (channels // 4) + channel // 4, channels // 4
+    else:
+        counter, stride = offset + pixel // 4 * LANES, 1
     elements = ()
-    for block in tl.static_range(CHANNELS):
-        elements += normals(seed, counter + block)
+    for block in tl.static_range(VECTOR // 4 * LANES):
+        elements += normals(seed, counter + block * stride)
     noise = ()
-    for c in tl.static_range(CHANNELS):
-        even = tl.join(elements[c], elements[2 * CHANNELS + c])
-        odd = tl.join(elements[CHANNELS + c], elements[3 * CHANNELS + c])
-        noise += (tl.join(even, odd).reshape(BLOCK),)
+    for c in tl.static_range(LANES):
+        e0, e1 = elements[c], elements[LANES + c]
+        e2, e3 = elements[2 * LANES + c], elements[3 * LANES + c]
+        if VECTOR == 8:
+            e0, e1 = tl.join(e0, elements[4 * LANES + c]), tl.join(e1, elements[5 * LANES + c])
+            e2, e3 = tl.join(e2, elements[6 * LANES + c]), tl.join(e3, elements[7 * LANES + c])
+        noise += (flatten(e0, e1, e2, e3, BLOCK),)
     return noise
-
-
-@triton.jit
-def quad_noise(key, first, channel, channels, BLOCK: tl.constexpr):
-    """BLOCK pixels from pixel `first` on, of four channels: a pixel's block holds just those."""
-    seed, offset = key
-    pixel = first + tl.arange(0, BLOCK)
-    return normals(seed, offset + pixel * (channels // 4) + channel // 4)
 
 
 @triton.jit
@@ -147,15 +148,21 @@ def scattered_noise(key, first, channel, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_noise(key, tile, channels, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+def tile_noise(
+    key,
+    tile,
+    channels,
+    LAYOUT: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """The noise of a tile (see tiles.py): a tensor (BLOCK,) for each of its lanes."""
     channel, first = tile
     if LAYOUT == "linear":
         noise = linear_noise(key, first, BLOCK, VECTOR)
-    elif LAYOUT == "quads":
-        noise = quad_noise(key, first, channel, channels, BLOCK)
-    elif LAYOUT == "scattered":
-        noise = scattered_noise(key, first, channel, channels, BLOCK)
+    elif LAYOUT == "group":
+        noise = group_noise(key, first, channel, channels, LANES, BLOCK, VECTOR)
     else:
-        noise = pixel_group_noise(key, first, 2 if LAYOUT == "pairs" else 3, BLOCK)
+        noise = scattered_noise(key, first, channel, channels, BLOCK)
     return noise

@@ -18,7 +18,7 @@ def q_sample(
     out = torch.empty_like(x_start, dtype=dtype, memory_format=memory_format(x_start))
     if out.numel() == 0:
         return out
-    extent, channels, tiles, constants = tiling(out, keys, x_start, noise)
+    extent, channels, tiles, constants = tiling(out, keys, x_start, noise, per_thread=16)
     _q_sample[grid(len(out), tiles)](x_start, noise, keys, t, rows, out, len(rows), extent, channels, **constants)
     return out
 
@@ -48,6 +48,6 @@ def _q_sample(
     a = tl.load(row, mask=valid, other=float("nan"))
     s = tl.load(row + 1, mask=valid, other=float("nan"))
     if noise is None:
-        z = tile_noise(load_key(keys, sample, True), tile, channels, LAYOUT, BLOCK, VECTOR)
+        z = tile_noise(load_key(keys, sample, True), tile, channels, LAYOUT, LANES, BLOCK, VECTOR)
     for lane in tl.static_range(LANES):
         store(out, start + lane * extent, element, mask, a * x[lane] + s * z[lane])

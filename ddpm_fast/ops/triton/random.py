@@ -31,7 +31,7 @@ def _fold_in(keys, data, out, count, BLOCK: tl.constexpr):
 def normal(keys: Tensor, size: int) -> Tensor:
     out = keys.new_empty((len(keys), size), dtype=torch.float32)
     if out.numel():
-        extent, channels, tiles, constants = tiling(out, keys)
+        extent, channels, tiles, constants = tiling(out, keys, per_thread=16)
         _normal[grid(len(out), tiles)](keys, out, extent, channels, **constants)
     return out
 
@@ -49,5 +49,5 @@ def _normal(
 ):
     sample = tl.program_id(0)
     tile, start, element, mask = locate(sample, part_of_program(), extent, channels, LAYOUT, LANES, BLOCK, VECTOR)
-    (z,) = tile_noise(load_key(keys, sample, True), tile, channels, LAYOUT, BLOCK, VECTOR)
+    (z,) = tile_noise(load_key(keys, sample, True), tile, channels, LAYOUT, LANES, BLOCK, VECTOR)
     tl.store(out + start + element, z, mask=mask)

@@ -34,7 +34,7 @@ def reverse_step(
     x_start = torch.empty_like(x, memory_format=layout) if return_x_start else None
     model_input = torch.empty_like(x, dtype=pred.dtype, memory_format=layout) if return_model_input else None
     if x.numel():
-        extent, channels, tiles, constants = tiling(x, keys, pred)
+        extent, channels, tiles, constants = tiling(x, keys, pred, per_thread=16)
         _reverse_step[grid(len(x), tiles)](
             x,
             pred,
@@ -118,7 +118,7 @@ def _reverse_step(
         low, high = tl.load(bounds + 2 * sample), tl.load(bounds + 2 * sample + 1)
     if keys is not None:
         of_step = index * tl.num_programs(0) if KEYS_OF_STEPS else 0
-        z = tile_noise(load_key(keys, of_step + sample, valid), tile, channels, LAYOUT, BLOCK, VECTOR)
+        z = tile_noise(load_key(keys, of_step + sample, valid), tile, channels, LAYOUT, LANES, BLOCK, VECTOR)
 
     for lane in tl.static_range(LANES):
         at = start + lane * extent

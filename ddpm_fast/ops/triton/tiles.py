@@ -5,9 +5,7 @@ noise is made for planar tensors, it is counted across the channels and memory r
 pixels of one or several channels, its LANES.
 
     linear      any tensor, 1 lane: noise is counted as memory runs, or not made here
-    pairs       2 channels, 2 lanes
-    triples     3 channels, 3 lanes: RGB
-    quads       a multiple of 4 channels, 4 lanes
+    group       2 or 3 channels, so many lanes; or a multiple of 4 channels, 4 lanes
     scattered   any other number of channels, 1 lane; each block of four normals is made by up to four threads
 
 A sample lies as `channels` runs of `extent` elements: its planes, or where the layout is linear one run, all of it.
@@ -32,32 +30,42 @@ class Tiling(NamedTuple):
     constants: dict[str, object]  # for the kernel
 
 
-def tiling(like: Tensor, keys: Tensor | None, *tensors: Tensor | None) -> Tiling:
-    """The tiles of samples like one given, which has elements; `tensors` are all that are read or written with it."""
+def tiling(like: Tensor, keys: Tensor | None, *tensors: Tensor | None, per_thread: int) -> Tiling:
+    """The tiles of samples like one given, which has elements.
+
+    Args:
+        keys: of the noise, if it is made in the kernel.
+        tensors: all others that are read or written.
+        per_thread: elements, at most. What a thread does once it does for all of them.
+    """
     size = like.numel() // len(like)
     channels = 1
     if keys is not None and like.dim() >= 4 and like.stride(1) > 1:  # dense, and not channels-last
         channels = like.shape[1]
-    return _tiling(size, channels, max(x.dtype.itemsize for x in (like, *tensors) if x is not None))
+    return _tiling(size, channels, max(x.dtype.itemsize for x in (like, *tensors) if x is not None), per_thread)
 
 
 @lru_cache(maxsize=1024)
-def _tiling(size: int, channels: int, itemsize: int) -> Tiling:
-    lanes, layout = 1, "linear"
-    if channels > 1:
-        known = {2: "pairs", 3: "triples"}
-        layout = known.get(channels, "scattered" if channels % 4 else "quads")
-        lanes = {"pairs": 2, "triples": 3, "quads": 4}.get(layout, 1)
+def _tiling(size: int, channels: int, itemsize: int, per_thread: int) -> Tiling:
+    layout, lanes = "linear", 1
+    if channels in (2, 3) or (channels > 1 and channels % 4 == 0):
+        layout, lanes = "group", min(channels, 4)
+    elif channels > 1:
+        layout, per_thread = "scattered", 8
     extent = size // channels
-    block, warps = (1024, 4) if extent > 256 else (256, 1)
+    # 16 bytes of the widest type: all tensors then lie alike in the threads, narrower ones in less than 16 bytes.
+    vector = 4 if itemsize == 4 else 8
     if lanes > 1:
-        block //= 2
+        block = (128 if extent > 128 else 32) * vector
+        warps = block // vector // 32
+    else:
+        block = 1024 if extent > 256 else 256
+        warps = max(block // per_thread // 32, 1)
     constants = {
         "LAYOUT": layout,
         "LANES": lanes,
         "BLOCK": block,
-        # 16 bytes of the widest type: all tensors then lie alike in the threads, narrower ones in less than 16 bytes.
-        "VECTOR": 4 if itemsize == 4 or layout in ("pairs", "triples") else 8,
+        "VECTOR": vector,
         "num_warps": warps,
         # Products and sums are fused where the code says so and nowhere else: all backends then round alike.
         "enable_fp_fusion": False,
@@ -87,11 +95,11 @@ def locate(
     VECTOR: tl.constexpr,
 ):
     """Of a sample's tile: (its first channel, its first element there), its start in memory, its elements and mask."""
-    if LAYOUT == "quads" or LAYOUT == "scattered":
+    if LAYOUT == "linear":
+        channel = 0
+    else:
         channel = index % (channels // LANES) * LANES
         index = index // (channels // LANES)
-    else:
-        channel = 0
     first = index.to(tl.int64) * BLOCK
     start = (sample.to(tl.int64) * channels + channel) * extent + first
     element = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)

@@ -27,7 +27,7 @@ def vlb_terms(
     if x_t.numel() == 0:
         out.zero_()
     else:
-        extent, channels, tiles, constants = tiling(x_t, None)
+        extent, channels, tiles, constants = tiling(x_t, None, per_thread=8)
         parts = parts_of(out, tiles)
         _vlb_terms[grid(len(x_t), triton.cdiv(tiles, SPAN))](
             x_start,

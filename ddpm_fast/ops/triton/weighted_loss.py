@@ -27,7 +27,7 @@ def weighted_loss(
     loss = pred.new_empty(len(pred), dtype=torch.float32)
     grad = torch.empty_like(pred, memory_format=memory_format(pred)) if with_grad else None
     if pred.numel():
-        extent, channels, tiles, constants = tiling(pred, keys, x_start, noise)
+        extent, channels, tiles, constants = tiling(pred, keys, x_start, noise, per_thread=8)
         parts = parts_of(loss, tiles)
         _weighted_loss[grid(len(pred), triton.cdiv(tiles, SPAN))](
             pred,
@@ -92,7 +92,7 @@ def _weighted_loss(
         if noise is not None:
             z = load_tile(noise, start, extent, element, mask, LANES)
         elif keys is not None:
-            z = tile_noise(key, tile, channels, LAYOUT, BLOCK, VECTOR)
+            z = tile_noise(key, tile, channels, LAYOUT, LANES, BLOCK, VECTOR)
         for lane in tl.static_range(LANES):
             if x_start is None:
                 target = q * z[lane]

@@ -1,0 +1,48 @@
+"""Triton's kernels on the CPU: what was launched, and what ptxas makes of it."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ptxsim
+import ptxsim.triton
+from ptxsim import static
+
+from ddpm_fast import ops
+
+
+class Launched(NamedTuple):
+    stats: ptxsim.LaunchStats
+    ptx: str
+    shared: int  # bytes
+    warps: int
+
+    @property
+    def report(self) -> static.KernelReport:
+        return _report(self.ptx)
+
+
+@functools.cache
+def _report(ptx: str) -> static.KernelReport:
+    (report,) = static.from_ptx(ptx)
+    return report
+
+
+@contextlib.contextmanager
+def simulated(cc: int) -> Iterator[list[Launched]]:
+    """The public functions run as Triton's kernels for a GPU of compute capability cc / 10; gives the launches."""
+    launched = []
+    original = ptxsim.triton._Launcher.__call__
+
+    def launch(self, *arguments):
+        original(self, *arguments)
+        ptx = ptxsim.triton._ptx_of_kernel[self.metadata.hash]
+        launched.append(Launched(launches[-1], ptx, self.metadata.shared, self.metadata.num_warps))
+
+    ptxsim.triton._Launcher.__call__ = launch
+    try:
+        with ptxsim.triton.simulate(cc=cc) as launches, ops.backend("triton"):
+            yield launched
+    finally:
+        ptxsim.triton._Launcher.__call__ = original
