@@ -5,6 +5,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--update-budgets", action="store_true", help="write tests/budgets.toml instead of comparing")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
