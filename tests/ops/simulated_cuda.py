@@ -25,6 +25,11 @@ ARCHITECTURES = (80, 90, 100)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # enum class Type
 
 
+def options(csrc: Path = ROOT / "csrc") -> list[str]:
+    """How device code is compiled, as in setup.py."""
+    return ["-O3", "--fmad=false", "-DUSE_CUDA", f"-I{csrc}", f"-I{Path(torch.__file__).parent / 'include'}"]
+
+
 class Library:
     """The launchers with the PTX of some architectures inside, linked with ptxsim's stand-in for the CUDA runtime."""
 
@@ -32,8 +37,7 @@ class Library:
         """Compiles csrc, unless it lies compiled in the folder."""
         self.path = folder / "entry.so"
         if not self.path.exists():
-            command = [toolchain.find_tool("nvcc"), "-shared", "-cudart", "none", "-std=c++17", "-O3", "--fmad=false"]
-            command += ["-DUSE_CUDA", f"-I{csrc}", f"-I{Path(torch.__file__).parent / 'include'}"]
+            command = [toolchain.find_tool("nvcc"), "-shared", "-cudart", "none", "-std=c++17", *options(csrc)]
             command += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in architectures]
             command += ["-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=default", "-Xlinker", "-Bsymbolic"]
             partial = self.path.with_suffix(f".{os.getpid()}")
