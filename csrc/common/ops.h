@@ -218,6 +218,8 @@ struct Ops {
   }
 
  private:
+  // On a GPU, the memory is freed before the kernels have run: PyTorch then gives it to nobody but what comes later on
+  // the same stream.
   template <class Arguments>
   static void run_with_workspace(const Inputs& inputs, Arguments arguments) {
     const int64_t size = Backend::workspace_size(arguments);

@@ -13,6 +13,7 @@
 namespace ddpm_fast {
 
 constexpr int kNormThreads = 256;
+constexpr int kNormBlocks = 2;  // that a multiprocessor must hold; said, or ptxas spills for the sake of more
 constexpr int64_t kSliceElements = 16384;
 
 // A sum over some pixels or elements, `per_slice` of them in each slice.
@@ -45,15 +46,16 @@ cudaError_t with_norm_layout(Type type, const Shape& shape, std::initializer_lis
   });
 }
 
-// The place of a thread in a channels-last slice: its vector in a row of `columns` of them, and its row.
+// The place of a thread among rows of `columns` vectors; a thread whose row is not less than `rows` has none.
 struct Seat {
   int columns, rows, column, row;
 };
 
-__device__ __forceinline__ Seat seat(const Shape& shape, int width) {
-  const int columns = static_cast<int>(min(shape.channels / width, static_cast<int64_t>(kNormThreads)));
-  const int thread = threadIdx.x;
-  return {columns, kNormThreads / columns, thread % columns, thread / columns};
+__device__ __forceinline__ Seat seat(int64_t vectors_in_row) {
+  const auto columns = static_cast<uint32_t>(min(vectors_in_row, static_cast<int64_t>(kNormThreads)));
+  const uint32_t row = threadIdx.x / columns;
+  return {static_cast<int>(columns), static_cast<int>(kNormThreads / columns),
+      static_cast<int>(threadIdx.x - row * columns), static_cast<int>(row)};
 }
 
 // More than 48 KiB of shared memory, as some thousand channels need, must be asked for.
@@ -127,45 +129,51 @@ __device__ __forceinline__ Map map_of(
   return {g.mean[group], rstd * a.factor, a.term};
 }
 
-// The channels [first, last) that a block's slice of a sample has.
-struct Channels {
-  int64_t first, last;
+// What a block of the last launch, which writes a tensor like x, works on: all channels of some pixels; or (planar) some
+// channels, with their planes or, if those are large, a piece of them.
+struct Part {
+  int64_t first_channel, channels, begin, end;  // begin and end within the plane
 };
 
-template <bool kPlanar>
-__device__ __forceinline__ Channels channels_of_slice(const Shape& shape, int64_t begin, int64_t end) {
-  if (!kPlanar) return {0, shape.channels};
-  return {begin / shape.plane, (end - 1) / shape.plane + 1};
+struct Parts {
+  int64_t channels, per_piece, pieces, count;  // a part's channels and pixels; pieces of a plane; parts of a sample
+};
+
+inline Parts parts_of(const Shape& shape) {
+  const int64_t per_piece = std::max<int64_t>(kSliceElements / (shape.planar ? 1 : shape.channels), 1);
+  const int64_t pieces = divide_up(shape.plane, per_piece);
+  if (!shape.planar) return {shape.channels, per_piece, pieces, pieces};
+  const int64_t channels = std::clamp<int64_t>(kSliceElements / shape.plane, 1, std::min<int64_t>(shape.channels, 1024));
+  return {channels, per_piece, pieces, divide_up(shape.channels, channels) * pieces};
 }
 
-inline int64_t channels_in_slice(const Shape& shape, bool planar, const Slices& slices) {
-  return planar ? std::min(shape.channels, slices.per_slice / shape.plane + 2) : shape.channels;
+__device__ __forceinline__ Part part_of_block(const Shape& shape, const Parts& parts) {
+  const auto pieces = static_cast<uint32_t>(parts.pieces);
+  const uint32_t group = blockIdx.x / pieces, piece = blockIdx.x - group * pieces;
+  const int64_t first = group * parts.channels, begin = piece * parts.per_piece;
+  return {first, min(parts.channels, shape.channels - first), begin, min(begin + parts.per_piece, shape.plane)};
 }
 
-// Calls f(offset in the sample, what `of_channel` holds for each element) for the vectors of this thread in a slice.
-// [begin, end) are pixels, or (planar) elements; of_channel begins with the slice's first channel.
+// Calls f(offset in the sample, what `of_channel` holds for each element) for the vectors of this thread; of_channel
+// begins with the part's first channel.
 template <bool kPlanar, int kWidth, typename PerChannel, typename F>
 __device__ __forceinline__ void for_vectors(
-    const Shape& shape, int64_t begin, int64_t end, const PerChannel* of_channel, const F& f) {
+    const Shape& shape, const Part& part, const PerChannel* of_channel, const F& f) {
   PerChannel own[kWidth];
   if constexpr (kPlanar) {
-    const int64_t first = begin / shape.plane;
-    for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kNormThreads * kWidth) {
-      // The distance from the first channel's beginning takes 32 bits, unless planes are that large.
-      const int64_t within = i - first * shape.plane;
-      const int64_t c = (within | shape.plane) >> 32
-          ? within / shape.plane
-          : static_cast<uint32_t>(within) / static_cast<uint32_t>(shape.plane);
+    const Seat at = seat((part.end - part.begin + kWidth - 1) / kWidth);
+    for (int64_t c = at.row; c < part.channels && at.row < at.rows; c += at.rows) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) own[j] = of_channel[c];
-      f(i, own);
+      const int64_t plane = (part.first_channel + c) * shape.plane;
+      for (int64_t i = part.begin + at.column * kWidth; i < part.end; i += at.columns * kWidth) f(plane + i, own);
     }
   } else {
-    const Seat at = seat(shape, kWidth);
+    const Seat at = seat(shape.channels / kWidth);
     for (int64_t c = at.column * kWidth; c < shape.channels && at.row < at.rows; c += at.columns * kWidth) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) own[j] = of_channel[c + j];
-      for (int64_t p = begin + at.row; p < end; p += at.rows) f(p * shape.channels + c, own);
+      for (int64_t p = part.begin + at.row; p < part.end; p += at.rows) f(p * shape.channels + c, own);
     }
   }
 }

@@ -23,17 +23,16 @@ __device__ __forceinline__ float origin_of(const GroupNormSilu& g, int64_t group
   return to_float(static_cast<const T*>(g.x)[i]);
 }
 
-// What the launches work on: slices of the statistics, in pixels or (planar) elements of a group, and of y.
 struct NormPlan {
-  Slices statistics, output;
+  Slices statistics;  // of pixels, or (planar) of a group's elements
+  Parts output;
   int64_t group_channels;
 };
 
 static NormPlan plan_norm(const Shape& shape, int64_t groups) {
   const int64_t each = shape.channels / groups;
-  if (shape.planar) return {slices_of(each * shape.plane, 1), slices_of(size_of(shape), 1), each};
-  const Slices pixels = slices_of(shape.plane, shape.channels);
-  return {pixels, pixels, each};
+  const Slices statistics = shape.planar ? slices_of(each * shape.plane, 1) : slices_of(shape.plane, shape.channels);
+  return {statistics, parts_of(shape), each};
 }
 
 // Sums of differences from the first value, for `kLanes` series at once.
@@ -57,20 +56,22 @@ struct Shifted {
 
   __device__ Moments moments(int j, float origin) const {
     if (count == 0) return {0.0f, 0.0f};
-    const float mean = sum[j] / static_cast<float>(count);
+    const float mean = __fdividef(sum[j], static_cast<float>(count));
     return {shift[j] - origin + mean, fmaxf(fmaf(-mean, sum[j], squares[j]), 0.0f)};
   }
 };
 
 // Joins the moments that the threads of a warp have read(i) of, i < count, each of weight(i) values.
 template <typename Read, typename Weight>
-__device__ __forceinline__ Moments join(int64_t count, float total, const Read& read, const Weight& weight) {
+__device__ __forceinline__ Moments join(int count, float total, const Read& read, const Weight& weight) {
   const int lane = threadIdx.x % kWarp;
   const float origin = read(0).mean;
   float sum = 0.0f, squares = 0.0f;
-  for (int64_t i = lane; i < count; i += kWarp) sum = fmaf(weight(i), read(i).mean - origin, sum);
-  const float shift = warp_sum(sum) / total;
-  for (int64_t i = lane; i < count; i += kWarp) {
+#pragma unroll 1
+  for (int i = lane; i < count; i += kWarp) sum = fmaf(weight(i), read(i).mean - origin, sum);
+  const float shift = __fdividef(warp_sum(sum), total);
+#pragma unroll 1
+  for (int i = lane; i < count; i += kWarp) {
     const Moments m = read(i);
     const float difference = m.mean - origin - shift;
     squares += fmaf(weight(i) * difference, difference, m.squares);
@@ -87,12 +88,12 @@ __device__ __forceinline__ void write_statistics(
     const GroupNormSilu& g, const NormPlan& plan, int64_t sample, int64_t group, float count, const Moments& m) {
   const int64_t i = sample * g.groups + group;
   g.mean[i] = origin_of<T>(g, plan.group_channels, sample, group) + m.mean;
-  g.rstd[i] = 1.0f / sqrtf(m.squares / count + g.eps);
+  g.rstd[i] = rsqrtf(__fdividef(m.squares, count) + g.eps);
 }
 
 // A slice's moments of each group. Channels-last: first of each channel, in shared memory.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     statistics_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
   extern __shared__ Moments of_channel[];
   __shared__ Moments of_thread[kNormThreads * kWidth];
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kNormThreads)
   const int64_t end = min(begin + plan.statistics.per_slice, g.shape.plane);
   const int pixels = static_cast<int>(end - begin);
   const int64_t start = sample * size_of(g.shape);
-  const Seat at = seat(g.shape, kWidth);
+  const Seat at = seat(channels / kWidth);
 
   for (int64_t base = 0; base < channels; base += at.columns * kWidth) {
     const int64_t c = base + at.column * kWidth;
@@ -129,8 +130,10 @@ __global__ void __launch_bounds__(kNormThreads)
       const auto weight = [&](int y) { return static_cast<float>((pixels - y + at.rows - 1) / at.rows); };
       const float origin = rows[0].mean;
       float shift = 0.0f, squares = 0.0f;
+#pragma unroll 1
       for (int y = 0; y < at.rows; ++y) shift = fmaf(weight(y), rows[y * at.columns].mean - origin, shift);
-      shift /= static_cast<float>(pixels);
+      shift = __fdividef(shift, static_cast<float>(pixels));
+#pragma unroll 1
       for (int y = 0; y < at.rows; ++y) {
         const float difference = rows[y * at.columns].mean - origin - shift;
         squares += fmaf(weight(y) * difference, difference, rows[y * at.columns].squares);
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(kNormThreads)
   for (int64_t group = threadIdx.x / kWarp; group < g.groups; group += kNormThreads / kWarp) {
     const Moments* first = of_channel + group * plan.group_channels;
     const Moments m = join(
-        plan.group_channels, total, [&](int64_t i) { return first[i]; }, [&](int64_t) { return in_channel; });
+        static_cast<int>(plan.group_channels), total, [&](int i) { return first[i]; }, [&](int) { return in_channel; });
     if (threadIdx.x % kWarp != 0) continue;
     if (plan.statistics.count == 1)
       write_statistics<T>(g, plan, sample, group, total, m);
@@ -154,12 +157,13 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // Planar: a group is one run of memory, and a block has a slice of it. x counts slices of groups.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     planar_statistics_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
   __shared__ float scratch[kNormThreads / kWarp + 1];
   const int64_t sample = sample_of_block();
   if (sample >= g.shape.samples) return;
-  const int64_t group = blockIdx.x / plan.statistics.count, slice = blockIdx.x % plan.statistics.count;
+  const auto slices = static_cast<uint32_t>(plan.statistics.count);
+  const int64_t group = blockIdx.x / slices, slice = blockIdx.x % slices;
   const int64_t size = plan.group_channels * g.shape.plane, start = sample * size_of(g.shape) + group * size;
   const int64_t begin = slice * plan.statistics.per_slice, end = min(begin + plan.statistics.per_slice, size);
   Shifted<1> sums;
@@ -174,7 +178,7 @@ __global__ void __launch_bounds__(kNormThreads)
   if (threadIdx.x == 0) scratch[kNormThreads / kWarp] = own.mean;
   __syncthreads();
   const float origin = scratch[kNormThreads / kWarp];
-  const float shift = block_sum(count * (own.mean - origin), scratch) / total;
+  const float shift = __fdividef(block_sum(count * (own.mean - origin), scratch), total);
   const float difference = own.mean - origin - shift;
   const float squares = block_sum(fmaf(count * difference, difference, own.squares), scratch);
   if (threadIdx.x != 0) return;
@@ -194,36 +198,34 @@ __device__ __forceinline__ Moments join_slices(
   const Moments* partial = partial_of(g, plan, sample) + group;
   total = static_cast<float>(size);
   return join(
-      plan.statistics.count, total, [&](int64_t i) { return partial[i * g.groups]; },
-      [&](int64_t i) { return static_cast<float>(i + 1 < plan.statistics.count ? in_slice : last); });
+      static_cast<int>(plan.statistics.count), total, [&](int i) { return partial[i * g.groups]; },
+      [&](int i) { return static_cast<float>(i + 1 < plan.statistics.count ? in_slice : last); });
 }
 
 // A warp a group, where that is too much for every block of the output.
 template <typename T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     join_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kWarp) + threadIdx.x / kWarp;
-  if (i >= g.shape.samples * g.groups) return;
+  const int64_t sample = sample_of_block();
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kWarp) + threadIdx.x / kWarp;
+  if (sample >= g.shape.samples || group >= g.groups) return;
   float total;
-  const int64_t sample = i / g.groups, group = i % g.groups;
   const Moments m = join_slices(g, plan, sample, group, total);
   if (threadIdx.x % kWarp == 0) write_statistics<T>(g, plan, sample, group, total, m);
 }
 
 template <typename T, int kWidth, bool kPlanar>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     output_kernel(const __grid_constant__ GroupNormSilu g, const __grid_constant__ NormPlan plan) {
   extern __shared__ Map maps[];
   const int64_t sample = sample_of_block();
   if (sample >= g.shape.samples) return;
-  const int64_t begin = blockIdx.x * plan.output.per_slice;
-  const int64_t end = min(begin + plan.output.per_slice, kPlanar ? size_of(g.shape) : g.shape.plane);
-  const Channels channels = channels_of_slice<kPlanar>(g.shape, begin, end);
-
+  const Part part = part_of_block(g.shape, plan.output);
   if (plan.statistics.count > 1 && plan.statistics.count <= kFewSlices) {
     // Each block joins the slices itself, and keeps the result for the backward pass: they all write the same.
-    const int64_t last = (channels.last - 1) / plan.group_channels;
-    for (int64_t group = channels.first / plan.group_channels + threadIdx.x / kWarp; group <= last;
+    const auto each = static_cast<uint32_t>(plan.group_channels);
+    const int64_t last = static_cast<uint32_t>(part.first_channel + part.channels - 1) / each;
+    for (int64_t group = static_cast<uint32_t>(part.first_channel) / each + threadIdx.x / kWarp; group <= last;
          group += kNormThreads / kWarp) {
       float total;
       const Moments m = join_slices(g, plan, sample, group, total);
@@ -231,14 +233,14 @@ __global__ void __launch_bounds__(kNormThreads)
     }
     __syncthreads();
   }
-  for (int64_t c = channels.first + threadIdx.x; c < channels.last; c += kNormThreads) {
+  for (int64_t i = threadIdx.x; i < part.channels; i += kNormThreads) {
     float rstd;
-    maps[c - channels.first] = map_of(g, plan.group_channels, sample, c, rstd);
+    maps[i] = map_of(g, plan.group_channels, sample, part.first_channel + i, rstd);
   }
   __syncthreads();
 
   const int64_t start = sample * size_of(g.shape);
-  for_vectors<kPlanar, kWidth>(g.shape, begin, end, maps, [&](int64_t i, const Map (&map)[kWidth]) {
+  for_vectors<kPlanar, kWidth>(g.shape, part, maps, [&](int64_t i, const Map (&map)[kWidth]) {
     float x[kWidth];
     load<T>(g.x, start + i, x);
 #pragma unroll
@@ -270,8 +272,8 @@ static cudaError_t launch_norm(const GroupNormSilu& g, cudaStream_t stream) {
     statistics_kernel<T, kWidth><<<grid_of_slices(slices, samples), kNormThreads, shared, stream>>>(g, plan);
   }
   if (slices > kFewSlices)
-    join_kernel<T><<<divide_up(samples * g.groups, kNormThreads / kWarp), kNormThreads, 0, stream>>>(g, plan);
-  const size_t shared = channels_in_slice(g.shape, kPlanar, plan.output) * sizeof(Map);
+    join_kernel<T><<<grid_of_slices(divide_up(g.groups, kNormThreads / kWarp), samples), kNormThreads, 0, stream>>>(g, plan);
+  const size_t shared = plan.output.channels * sizeof(Map);
   if (const auto error = allow_shared(output_kernel<T, kWidth, kPlanar>, shared)) return error;
   output_kernel<T, kWidth, kPlanar><<<grid_of_slices(plan.output.count, samples), kNormThreads, shared, stream>>>(g, plan);
   return cudaGetLastError();

@@ -10,7 +10,8 @@ struct Sums {
 };
 
 struct BackwardPlan {
-  Slices sums, output;  // of pixels; in planar tensors, of a plane's elements and of a sample's
+  Slices sums;  // of pixels
+  Parts output;
   int64_t group_channels;
   Sums* of_slice;  // (samples, slices, channels)
   Sums* of_group;  // (samples, groups): means
@@ -20,7 +21,7 @@ static BackwardPlan plan_backward(const GroupNormSiluBackward& g) {
   BackwardPlan plan{};
   plan.group_channels = g.shape.channels / g.groups;
   plan.sums = slices_of(g.shape.plane, g.shape.planar ? 4 : g.shape.channels);  // planar: a warp has a slice
-  plan.output = g.shape.planar ? slices_of(size_of(g.shape), 1) : plan.sums;
+  plan.output = parts_of(g.shape);
   plan.of_slice = reinterpret_cast<Sums*>(g.workspace);
   plan.of_group = plan.of_slice + g.shape.samples * plan.sums.count * g.shape.channels;
   return plan;
@@ -39,7 +40,7 @@ __device__ __forceinline__ float through_silu(float grad, float difference, cons
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     sums_kernel(const __grid_constant__ GroupNormSiluBackward g, const __grid_constant__ BackwardPlan plan) {
   __shared__ Sums of_thread[kNormThreads * kWidth];
   const int64_t sample = sample_of_block(), channels = g.shape.channels;
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kNormThreads)
   const int64_t begin = blockIdx.x * plan.sums.per_slice, end = min(begin + plan.sums.per_slice, g.shape.plane);
   const int64_t start = sample * size_of(g.shape);
   Sums* out = plan.of_slice + (sample * plan.sums.count + blockIdx.x) * channels;
-  const Seat at = seat(g.shape, kWidth);
+  const Seat at = seat(channels / kWidth);
 
   for (int64_t base = 0; base < channels; base += at.columns * kWidth) {
     const int64_t c = base + at.column * kWidth;
@@ -88,11 +89,12 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // Planar: a warp for each slice of each channel; x counts slices and channels, eight of which share a block.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     planar_sums_kernel(const __grid_constant__ GroupNormSiluBackward g, const __grid_constant__ BackwardPlan plan) {
   const int64_t sample = sample_of_block(), channels = g.shape.channels;
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t c = task / plan.sums.count, slice = task % plan.sums.count;
+  const auto slices = static_cast<uint32_t>(plan.sums.count);
+  const uint32_t task = blockIdx.x * (kNormThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t c = task / slices, slice = task % slices;
   if (sample >= g.shape.samples || c >= channels) return;
   float rstd;
   const Map map = map_of(g, plan.group_channels, sample, c, rstd);
@@ -123,10 +125,9 @@ __device__ __forceinline__ Sums sums_of(
   return total;
 }
 
-// A warp a group of a sample: its means, and the gradients of scale and shift. One launch has both kinds of blocks, these
-// first.
-__device__ __forceinline__ void join_group(const GroupNormSiluBackward& g, const BackwardPlan& plan, int64_t i) {
-  const int64_t sample = i / g.groups, group = i % g.groups;
+// A warp a group of a sample: its means, and the gradients of scale and shift.
+__device__ __forceinline__ void join_group(
+    const GroupNormSiluBackward& g, const BackwardPlan& plan, int64_t sample, int64_t group) {
   Sums mean{0.0f, 0.0f};
   for (int64_t k = threadIdx.x % kWarp; k < plan.group_channels; k += kWarp) {
     const int64_t c = group * plan.group_channels + k, at = sample * g.shape.channels + c;
@@ -139,8 +140,8 @@ __device__ __forceinline__ void join_group(const GroupNormSiluBackward& g, const
     store_as(g.grad_shift, g.x_type, at, s.g);
   }
   const auto count = static_cast<float>(plan.group_channels * g.shape.plane);
-  mean = {warp_sum(mean.g) / count, warp_sum(mean.gx) / count};
-  if (threadIdx.x % kWarp == 0) plan.of_group[i] = mean;
+  mean = {__fdividef(warp_sum(mean.g), count), __fdividef(warp_sum(mean.gx), count)};
+  if (threadIdx.x % kWarp == 0) plan.of_group[sample * g.groups + group] = mean;
 }
 
 // A block for 32 channels: a warp for every eighth sample, whose sums are added in order.
@@ -163,11 +164,16 @@ __device__ __forceinline__ void join_samples(const GroupNormSiluBackward& g, con
   store_as(g.grad_bias, g.parameter_type, c, total.g);
 }
 
-__global__ void __launch_bounds__(kNormThreads) join_sums_kernel(
-    const __grid_constant__ GroupNormSiluBackward g, const __grid_constant__ BackwardPlan plan, int64_t group_blocks) {
-  if (blockIdx.x >= group_blocks) return join_samples(g, plan, blockIdx.x - group_blocks);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kWarp) + threadIdx.x / kWarp;
-  if (i < g.shape.samples * g.groups) join_group(g, plan, i);
+// The first blocks of each sample join its groups; after those of the first sample come the ones that join samples.
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks) join_sums_kernel(
+    const __grid_constant__ GroupNormSiluBackward g, const __grid_constant__ BackwardPlan plan, unsigned group_blocks) {
+  const int64_t sample = sample_of_block();
+  if (blockIdx.x >= group_blocks) {
+    if (sample == 0) join_samples(g, plan, blockIdx.x - group_blocks);
+    return;
+  }
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kWarp) + threadIdx.x / kWarp;
+  if (sample < g.shape.samples && group < g.groups) join_group(g, plan, sample, group);
 }
 
 struct GradientMap {
@@ -176,24 +182,23 @@ struct GradientMap {
 };
 
 template <typename T, int kWidth, bool kPlanar>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     gradient_kernel(const __grid_constant__ GroupNormSiluBackward g, const __grid_constant__ BackwardPlan plan) {
   extern __shared__ GradientMap gradient_maps[];
   const int64_t sample = sample_of_block();
   if (sample >= g.shape.samples) return;
-  const int64_t begin = blockIdx.x * plan.output.per_slice;
-  const int64_t end = min(begin + plan.output.per_slice, kPlanar ? size_of(g.shape) : g.shape.plane);
-  const Channels channels = channels_of_slice<kPlanar>(g.shape, begin, end);
-  for (int64_t c = channels.first + threadIdx.x; c < channels.last; c += kNormThreads) {
+  const Part part = part_of_block(g.shape, plan.output);
+  for (int64_t i = threadIdx.x; i < part.channels; i += kNormThreads) {
+    const int64_t c = part.first_channel + i;
     float rstd;
     const Map map = map_of(g, plan.group_channels, sample, c, rstd);
     const Sums mean =
         plan.of_group[sample * g.groups + static_cast<uint32_t>(c) / static_cast<uint32_t>(plan.group_channels)];
-    gradient_maps[c - channels.first] = {map, rstd * mean.g, rstd * rstd * mean.gx};
+    gradient_maps[i] = {map, rstd * mean.g, rstd * rstd * mean.gx};
   }
   __syncthreads();
   const int64_t start = sample * size_of(g.shape);
-  for_vectors<kPlanar, kWidth>(g.shape, begin, end, gradient_maps, [&](int64_t i, const GradientMap (&own)[kWidth]) {
+  for_vectors<kPlanar, kWidth>(g.shape, part, gradient_maps, [&](int64_t i, const GradientMap (&own)[kWidth]) {
     float x[kWidth], grad[kWidth];
     load<T>(g.x, start + i, x);
     load<T>(g.grad, start + i, grad);
@@ -217,10 +222,10 @@ static cudaError_t launch_backward(const GroupNormSiluBackward& g, cudaStream_t 
   } else {
     sums_kernel<T, kWidth><<<grid_of_slices(plan.sums.count, samples), kNormThreads, 0, stream>>>(g, plan);
   }
-  const int64_t group_blocks = divide_up(samples * g.groups, warps);
-  const auto blocks = static_cast<unsigned>(group_blocks + divide_up(g.shape.channels, kWarp));
-  join_sums_kernel<<<blocks, kNormThreads, 0, stream>>>(g, plan, group_blocks);
-  const size_t shared = channels_in_slice(g.shape, kPlanar, plan.output) * sizeof(GradientMap);
+  const int64_t group_blocks = divide_up(g.groups, warps), blocks = group_blocks + divide_up(g.shape.channels, kWarp);
+  join_sums_kernel<<<grid_of_slices(blocks, samples), kNormThreads, 0, stream>>>(
+      g, plan, static_cast<unsigned>(group_blocks));
+  const size_t shared = plan.output.channels * sizeof(GradientMap);
   if (const auto error = allow_shared(gradient_kernel<T, kWidth, kPlanar>, shared)) return error;
   gradient_kernel<T, kWidth, kPlanar>
       <<<grid_of_slices(plan.output.count, samples), kNormThreads, shared, stream>>>(g, plan);
@@ -232,8 +237,7 @@ cudaError_t launch(const GroupNormSiluBackward& g, cudaStream_t stream) {
   if (g.shape.channels == 0) return cudaSuccess;
   if (g.shape.samples == 0 || g.shape.plane == 0) {
     const auto blocks = static_cast<unsigned>(divide_up(g.shape.channels, kWarp));
-    BackwardPlan plan{};
-    join_sums_kernel<<<blocks, kNormThreads, 0, stream>>>(g, plan, 0);
+    join_sums_kernel<<<blocks, kNormThreads, 0, stream>>>(g, BackwardPlan{}, 0u);
     return cudaGetLastError();
   }
   return with_norm_layout(g.x_type, g.shape, {g.x, g.grad, g.grad_x}, [&](auto t, auto width, auto planar) {

@@ -11,8 +11,7 @@ struct Key {
 };
 
 __device__ __forceinline__ Key load_key(const int64_t* keys, int64_t index) {
-  const longlong2 key = *reinterpret_cast<const longlong2*>(keys + 2 * index);
-  return {static_cast<uint64_t>(key.x), static_cast<uint64_t>(key.y)};
+  return {static_cast<uint64_t>(keys[2 * index]), static_cast<uint64_t>(keys[2 * index + 1])};
 }
 
 // The contract's uniforms: one fused operation rounds like two, since the product is exact.

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,52 +22,52 @@ from ddpm_fast.ops.reference import memory_format
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90, 100)
-OPTIONS = ("-std=c++17", "-O3", "--fmad=false", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # enum class Type
 
 
-def _include() -> str:
-    return f"-I{Path(torch.__file__).parent / 'include'}"
+def options(csrc: Path = ROOT / "csrc") -> list[str]:
+    """How device code is compiled, as in setup.py."""
+    return ["-O3", "--fmad=false", "-DUSE_CUDA", f"-I{csrc}", f"-I{Path(torch.__file__).parent / 'include'}"]
+
+
+class Library:
+    """The launchers with the PTX of some architectures inside, linked with ptxsim's stand-in for the CUDA runtime."""
+
+    def __init__(self, csrc: Path, folder: Path, architectures: Sequence[int]) -> None:
+        """Compiles csrc, unless it lies compiled in the folder."""
+        self.path = folder / "entry.so"
+        if not self.path.exists():
+            command = [toolchain.find_tool("nvcc"), "-shared", "-cudart", "none", "-std=c++17", *options(csrc)]
+            command += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in architectures]
+            command += ["-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=default", "-Xlinker", "-Bsymbolic"]
+            partial = self.path.with_suffix(f".{os.getpid()}")
+            shim = Path(cuda_host.__file__).with_name("host_shim.c")
+            toolchain.run_tool([*command, "-o", str(partial), str(ROOT / "tests/cuda/entry.cu"), str(shim)])
+            partial.rename(self.path)
+        self.functions = ctypes.CDLL(str(self.path))
+
+    @functools.cache  # noqa: B019 - a library lives as long as the tests
+    def ptx(self, arch: int) -> str:
+        text = toolchain.run_tool([toolchain.find_tool("cuobjdump"), "-ptx", str(self.path)])
+        parts = re.split(r"^(?=\.version)|^Fatbin.*", text, flags=re.MULTILINE)
+        (found,) = (part for part in parts if re.search(rf"^\.target sm_{arch}\b", part, re.MULTILINE))
+        return found
 
 
 @functools.cache
-def _folder() -> Path:
-    """Where this version of the sources is compiled to; kept from run to run."""
+def library() -> Library:
+    """The project's own, kept from run to run until a source or the compiler changes."""
     digest = hashlib.sha256(toolchain.run_tool([toolchain.find_tool("nvcc"), "--version"]).encode())
-    sources = [*(ROOT / "csrc").glob("common/*"), *(ROOT / "csrc").glob("cuda/*"), ROOT / "tests/cuda/entry.cu"]
+    sources = [*(ROOT / "csrc/common").iterdir(), *(ROOT / "csrc/cuda").iterdir(), ROOT / "tests/cuda/entry.cu"]
     for path in (*sorted(sources), Path(__file__)):
         digest.update(path.name.encode() + path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"ddpm_fast-tests-{os.getuid()}" / digest.hexdigest()[:16]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return Library(ROOT / "csrc", folder, ARCHITECTURES)
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The launchers with the PTX of every architecture inside, linked with ptxsim's stand-in for the CUDA runtime."""
-    target = _folder() / "entry.so"
-    if not target.exists():
-        codes = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES]
-        partial = target.with_suffix(f".{os.getpid()}")
-        command = [toolchain.find_tool("nvcc"), "-shared", "-cudart", "none", *OPTIONS, _include(), *codes]
-        command += ["-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=default", "-Xlinker", "-Bsymbolic"]
-        shim = Path(cuda_host.__file__).with_name("host_shim.c")
-        toolchain.run_tool([*command, "-o", str(partial), str(ROOT / "tests/cuda/entry.cu"), str(shim)])
-        partial.rename(target)
-    return ctypes.CDLL(str(target))
-
-
-@functools.cache
-def ptx(arch: int) -> str:
-    """The PTX of all kernels, as it lies in the library."""
-    library()
-    text = toolchain.run_tool([toolchain.find_tool("cuobjdump"), "-ptx", str(_folder() / "entry.so")])
-    (found,) = re.findall(rf"^\.version.*?^\.target sm_{arch}\b.*?(?=^Fatbin|\Z)", text, re.MULTILINE | re.DOTALL)
-    return found
-
-
-@functools.cache
-def structures() -> Mapping[str, type[ctypes.Structure]]:
+def structures() -> SimpleNamespace:
     """The structs of arguments.h as ctypes, read from it."""
     kinds: dict[str, Any] = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "bool": ctypes.c_bool}
     kinds |= {"Type": ctypes.c_int32, "LossType": ctypes.c_int32}
@@ -97,8 +97,9 @@ def shape_of(x: Tensor, *, image: bool | None = None) -> Any:
 class Simulation:
     """The CUDA backend for one architecture: 80, 90 or 100."""
 
-    def __init__(self, arch: int) -> None:
-        self.host = cuda_host.HostLibrary(library(), Module(ptx(arch)), library())
+    def __init__(self, arch: int, kernels: Library | None = None) -> None:
+        kernels = kernels or library()
+        self.host = cuda_host.HostLibrary(kernels.functions, Module(kernels.ptx(arch)), kernels.functions)
         self.launches = self.host.launches
 
     def _launch(self, name: str, **values: Any) -> None:
