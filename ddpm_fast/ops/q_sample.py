@@ -62,12 +62,15 @@ def q_sample(
         )
     if dtype is None:
         dtype = torch.float32 if x_start.dtype == torch.uint8 else x_start.dtype
-    data = x_start.dtype if x_start.dtype in (torch.uint8, dtype) else torch.promote_types(x_start.dtype, torch.float32)
+    data = x_start.dtype
+    if data not in (torch.uint8, dtype):
+        data = torch.promote_types(data, torch.float64 if dtype == torch.float64 else torch.float32)
     layout = door.memory_format(x_start)
     x_start = door.as_given(x_start, data, layout)
     noise = door.as_given(noise, torch.float32 if data == torch.uint8 else data, layout)
     keys, t = door.dense(keys, t)
-    return _op(x_start)(x_start, noise, keys, t, door.table(rows, x_start), dtype)
+    function = _op.reference if dtype == torch.float64 else _op(x_start)
+    return function(x_start, noise, keys, t, door.table(rows, x_start), dtype)
 
 
 def _kernel(x_start, noise, keys, t, rows, dtype):

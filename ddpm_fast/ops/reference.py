@@ -100,6 +100,11 @@ def _data(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) * (2 / 255) - 1 if x.dtype == torch.uint8 else x.to(dtype)
 
 
+def by_sample(x: Tensor) -> Tensor:
+    """(N, ...) as (N, D)."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
+
+
 def _add(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total + term
 
@@ -134,7 +139,7 @@ def weighted_loss(
         loss = error.abs()
     else:
         loss = F.huber_loss(error, torch.zeros_like(error), reduction="none")
-    return loss.flatten(1).sum(1) * (weight.flatten() / max(pred[:1].numel(), 1))
+    return by_sample(loss).sum(1) * (weight.flatten() / max(pred[:1].numel(), 1))
 
 
 def weighted_loss_gradient(
@@ -226,7 +231,7 @@ def vlb_terms(
     kl = 0.5 * (log_p - log_q + torch.expm1(log_q - log_p) + (c0 * (x_start - x_hat)).square() * (-log_p).exp())
     decoder = -_log_bin(x_start, c0 * x_hat + cx * x_t, 0.5 * log_p)
     at_zero = (t == 0).view(-1, *[1] * (x_t.ndim - 1))
-    return torch.where(at_zero, decoder, kl).flatten(1).sum(1)
+    return by_sample(torch.where(at_zero, decoder, kl)).sum(1)
 
 
 def _log_bin(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
@@ -281,16 +286,15 @@ def group_norm_silu_backward(
     """The gradients of x, weight, bias, scale and shift, from x and the statistics alone."""
     acc = _accumulator(x)
     n, c = x.shape[:2]
-    axes = tuple(range(2, x.ndim))
+    ones = (1, c, *[1] * (x.ndim - 2))
     x_hat = _normalised(x, mean, rstd, groups)
     g = grad.to(acc)
     if silu:
         z = _affine(x_hat, weight, bias, scale, shift)
         sigmoid = z.sigmoid()
         g = g * sigmoid * (1 + z * (1 - sigmoid))
-    sum_g, sum_gx = g.sum(axes), (g * x_hat).sum(axes)  # (N, C) each
+    sum_g, sum_gx = (y.reshape(n, c, -1).sum(2) for y in (g, g * x_hat))  # (N, C) each
 
-    ones = (1, c, *[1] * len(axes))
     gamma, beta = weight.to(acc), bias.to(acc)
     factor = gamma.expand(n, c) if scale is None else gamma * (1 + scale.to(acc))  # of x_hat in y
     grad_scale = grad_shift = None

@@ -72,7 +72,8 @@ def vlb_terms(
     layout = door.memory_format(x_t)
     x_t = door.as_given(x_t, torch.promote_types(x_t.dtype, torch.float32), layout)
     x_start = door.as_given(x_start, torch.uint8 if x_start.dtype == torch.uint8 else x_t.dtype, layout)
-    pred, variance = (door.as_given(y, pred.dtype, layout) for y in (pred, variance))
+    inner = x_t.dtype if torch.float64 in (x_t.dtype, pred.dtype) else pred.dtype
+    pred, variance = (door.as_given(y, inner, layout) for y in (pred, variance))
     low, high = (-math.inf, math.inf) if clip is None else clip
     (t,) = door.dense(t)
     arguments = (x_start, x_t, pred, variance, t, door.table(rows, x_t), float(low), float(high))

@@ -146,8 +146,8 @@ def weighted_loss_truth(pred, x_start, noise, keys, t, rows, loss_type, scale, w
     slope = {"l2": 2 * difference, "l1": difference.sign(), "huber": difference.clamp(-1, 1)}[kind]
     steepness = {"l2": 2 * difference.abs() + error, "l1": 1.0, "huber": 1.0}[kind]
     factor = scale * weight.flatten() / size
-    loss = factor * value.flatten(1).sum(1)
-    loss_error = factor * (error * steepness + (CHAIN + 4) * EPS * value).flatten(1).sum(1)
+    loss = factor * reference.by_sample(value).sum(1)
+    loss_error = factor * reference.by_sample(error * steepness + (CHAIN + 4) * EPS * value).sum(1)
     results = [rounded(loss, loss_error, torch.float32)]
     if with_grad:
         change = {"l2": 2 * error, "l1": 2.0 * (difference.abs() <= error), "huber": error}[kind]
@@ -205,7 +205,7 @@ def vlb_terms_truth(x_start, x_t, pred, variance, t, rows, low, high):
     deviation = (-0.5 * log_p).exp()
     size = deviation * (c0.abs() * (x + u.abs() * state + w.abs() * prediction) + cx.abs() * state)
     slack = 8 * EPS * size * (size + 1) + 64 * EPS * (1 + log_p.abs())
-    error = slack.flatten(1).sum(1) + (CHAIN + 8) * EPS * truth.abs()
+    error = reference.by_sample(slack).sum(1) + (CHAIN + 8) * EPS * truth.abs()
     return [(truth, error)]
 
 

@@ -17,6 +17,8 @@ def sizes(draw, most: int) -> tuple[tuple[int, ...], str]:
     if kind == "empty":
         return draw(st.sampled_from([(0, 3, 4, 4), (2, 0, 4), (2, 3, 0, 5)])), "contiguous"
     if kind == "vector":
+        if draw(st.integers(0, 5)) == 0:
+            return (n,), "contiguous"
         return (n, draw(st.integers(1, max(most // n, 1)))), "contiguous"
     if kind == "sequence":
         return (n, draw(st.integers(1, 5)), draw(st.integers(1, max(most // (5 * n), 1)))), "contiguous"
@@ -107,8 +109,14 @@ def normalisation(draw, most):
     groups = draw(st.sampled_from([1, 2, 4, 8]))
     c = groups * per_group
     side = max(math.isqrt(max(most // (n * c), 1)), 2)
-    kind = draw(st.sampled_from(["odd", "aligned", "vector"]))
-    shape = {"odd": (n, c, draw(st.integers(1, side)), draw(st.integers(2, side))), "aligned": (n, c, 8, 8)}.get(kind)
+    kind = draw(st.sampled_from(["odd", "odd", "aligned", "sequence", "vector"]))
+    if kind == "vector" and per_group == 1:
+        kind = "sequence"
+    shape = {
+        "vector": (n, c),
+        "odd": (n, c, draw(st.integers(1, side)), draw(st.integers(2, side))),
+        "aligned": (n, c, 8, 8),
+    }.get(kind)
     shape = shape or (n, c, 6)
     layout = draw(st.sampled_from(["contiguous", "channels last"]))
     dtype = draw(st.sampled_from(DTYPES))

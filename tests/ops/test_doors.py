@@ -68,6 +68,17 @@ def test_a_dtype_may_be_asked_for():
     assert ops.q_sample(*args, **kwargs, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("op", ["q_sample", "vlb_terms", "reverse_step"])
+def test_float64_may_be_mixed_with_others(op):
+    args, kwargs = arguments(op)
+    if op == "q_sample":
+        assert ops.q_sample(*args, **kwargs, dtype=torch.float64).dtype == torch.float64
+        return
+    place = {"vlb_terms": 2, "reverse_step": 1}[op]  # pred
+    mixed = (*args[:place], args[place].double(), *args[place + 1 :])
+    assert torch.equal(call(op, mixed, kwargs), call(op, args, kwargs))
+
+
 def test_the_next_input_of_the_network_is_x_in_its_dtype():
     args, kwargs = arguments("reverse_step", torch.bfloat16)
     step = ops.reverse_step(*args, **kwargs, return_model_input=True)
