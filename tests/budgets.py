@@ -76,7 +76,9 @@ def _write(file: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> None:
                 if isinstance(row, str):
                     lines.append(f'{arch} = "{row}"')
                     continue
-                cells = ", ".join(f"{what} = {value:>{5 if what in ('instructions', 'shared') else 3}}" for what, value in row.items())
+                cells = ", ".join(
+                    f"{what} = {value:>{5 if what in ('instructions', 'shared') else 3}}" for what, value in row.items()
+                )
                 lines.append(f"{arch:<6} = {{ {cells} }}")
             lines.append("")
     BUDGETS.write_text("\n".join(lines))
