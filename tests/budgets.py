@@ -60,9 +60,7 @@ def settle(section: str, rows: Mapping[str, Mapping[str, Row]], *, update: bool)
             budget, row = known[name].get(arch, {}), rows[name].get(arch, {})
             for what in budget.keys() | row.keys():
                 old, new = budget.get(what), row.get(what)
-                if None in (old, new):
-                    worse.append(f"{name} {arch}: {what} was {old} and is {new}")
-                elif new < old if what in MORE_IS_BETTER else new > old * slack:
+                if None in (old, new) or (new < old if what in MORE_IS_BETTER else new > old * slack):
                     worse.append(f"{name} {arch}: {what} was {old} and is {new}")
     assert not worse, "worse than tests/budgets.toml (pytest --update-budgets accepts it):\n" + "\n".join(sorted(worse))
 

@@ -20,10 +20,14 @@ constexpr int kThreads = 128;  // of a block
 template <typename F>
 cudaError_t with_float_type(Type type, const F& f) {
   switch (type) {
-    case Type::f32: return f(float{});
-    case Type::bf16: return f(bfloat16{});
-    case Type::f16: return f(float16{});
-    default: return cudaErrorInvalidValue;
+    case Type::f32:
+      return f(float{});
+    case Type::bf16:
+      return f(bfloat16{});
+    case Type::f16:
+      return f(float16{});
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -51,9 +55,9 @@ struct Grid {
   int64_t tiles, tiles_per_block;  // of a sample
 };
 
-// The grid for non-empty tensors: x counts the tiles of a sample and y (and z, beyond 65535) the samples, so that no thread
-// divides. Samples of few tiles share a block. Where there is more than enough for all multiprocessors, a thread has up
-// to four tiles, for which it looks up the sample's row and key once.
+// The grid for non-empty tensors: x counts the tiles of a sample and y (and z, beyond 65535) the samples, so that no
+// thread divides. Samples of few tiles share a block. Where there is more than enough for all multiprocessors, a thread
+// has up to four tiles, for which it looks up the sample's row and key once.
 inline Grid grid_of_tiles(int64_t samples, int64_t tiles) {
   const int64_t rounds = std::clamp<int64_t>(samples * divide_up(tiles, kThreads) / 4096, 1, 4);
   const int64_t blocks = divide_up(tiles, rounds * kThreads), each = divide_up(tiles, blocks);

@@ -1,6 +1,5 @@
-#include "cuda/reverse_step.cuh"
-
 #include "cuda/launch.h"
+#include "cuda/reverse_step.cuh"
 
 namespace ddpm_fast {
 

@@ -1,4 +1,5 @@
-// What one thread works on: a few elements of one sample that follow one another in the order in which noise is counted.
+// What one thread works on: a few elements of one sample that follow one another in the order in which noise is
+// counted.
 //
 // Values are float32 in registers, in that order; where they lie in memory is the tile's affair. All loops over a tile
 // unroll, so that the arrays are registers.
@@ -98,7 +99,6 @@ struct WideTile {
       *reinterpret_cast<Vector<T, kPixels>*>(static_cast<T*>(data) + offset + c * stride) = v;
     }
   }
-
 };
 
 // Element by element, for sizes and addresses that do not allow vectors, and planar tensors of any number of channels.

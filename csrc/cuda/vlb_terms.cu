@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kSumThreads, 2)
   });
 
   sum = row_sum(sum);
-  if (threadIdx.x == 0 && present) (gridDim.x > 1 ? v.workspace + sample * gridDim.x + blockIdx.x : v.out + sample)[0] = sum;
+  if (threadIdx.x == 0 && present)
+    (gridDim.x > 1 ? v.workspace + sample * gridDim.x + blockIdx.x : v.out + sample)[0] = sum;
   CUDA_KERNEL_ASSERT(known && "vlb_terms: t is outside [0, T)");
 }
 

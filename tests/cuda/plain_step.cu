@@ -1,11 +1,12 @@
-// The reverse step as samplers mostly call it: noise from keys, and no optional tensor. Where the compiler knows that, what
-// it makes is what runs, and can be counted.
+// The reverse step as samplers mostly call it: noise from keys, and no optional tensor. Where the compiler knows that,
+// what it makes is what runs, and can be counted.
 #include "cuda/reverse_step.cuh"
 
 namespace ddpm_fast {
 
 template <typename X, typename Pred>
-__global__ void __launch_bounds__(kThreads) plain_step_kernel(const __grid_constant__ ReverseStep given, int64_t tiles, int64_t tiles_per_block) {
+__global__ void __launch_bounds__(kThreads)
+    plain_step_kernel(const __grid_constant__ ReverseStep given, int64_t tiles, int64_t tiles_per_block) {
   ReverseStep r = given;
   r.noise = r.x_start_prev = r.variance = nullptr;
   r.bounds = nullptr;

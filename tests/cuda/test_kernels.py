@@ -5,15 +5,15 @@ import re
 import shutil
 
 import numpy as np
+import ptxsim
 import pytest
 import torch
 from budgets import measure, settle
 from ops import simulated_cuda
-from ops.simulated_cuda import ARCHITECTURES, ROOT, TYPES, Simulation, shape_of, structures
-
-import ptxsim
-from ddpm_fast.ops import reference
+from ops.simulated_cuda import ARCHITECTURES, ROOT, TYPES, Simulation, structures
 from ptxsim import static, toolchain
+
+from ddpm_fast.ops import reference
 
 pytestmark = pytest.mark.skipif(not toolchain.has_tool("nvcc"), reason="no nvcc")
 
@@ -131,7 +131,7 @@ def test_q_sample_makes_the_noise_of_the_keys(cuda, shape, layout, wide, narrow)
 
 
 def sum_tolerance(size):
-    """Of float32 sums of terms of one sign: 32 of them in a thread, then a tree, then partial sums; each term has four roundings."""
+    """Of sums of terms of one sign, each with four roundings: 32 in a thread, then a tree, then partial sums."""
     return (32 + 16 + size / 8192 + 4) * 2**-24
 
 
