@@ -1,8 +1,9 @@
 // What a kernel is asked to do, without a word of PyTorch: the ops' C++ fronts fill these in, and a test can too.
 //
-// Tensors are dense, and all of one call are laid out alike: a sample is `channels` x `plane` elements, in memory either
-// channels-last (or with no image axes at all), or `planar`, one channel after the other. Noise is counted channels-last
-// in both. Absent tensors are null. Element types are float32, bfloat16 and float16, x_start may be uint8.
+// Tensors are dense, and all of one call are laid out alike: a sample is `channels` x `plane` elements, in memory
+// either channels-last (or with no image axes at all), or `planar`, one channel after the other. Noise is counted
+// channels-last in both. Absent tensors are null. Element types are float32, bfloat16 and float16, x_start may be
+// uint8.
 #pragma once
 
 #include <cstdint>
@@ -86,7 +87,7 @@ struct ReverseStep {
 
 // One term of the variational bound, in nats, with (u, w, c0, cx, log q, log p[, log lower, log upper]) = rows[t]
 struct VlbTerms {
-  const void* x_start;   // float32, or uint8 if x_is_bytes
+  const void* x_start;  // float32, or uint8 if x_is_bytes
   const float* x_t;
   const void* pred;      // pred_type
   const void* variance;  // pred_type, or null

@@ -1,7 +1,7 @@
 // Two standard normals from two random words: sqrt(-2 ln u) times the cosine and the sine of 2 pi v.
 //
-// u and v are word * 2^-32 + 2^-33, rounded in float32 where the reference rounds: near u = 1 another rounding moves the
-// result by 3e-4. Beyond that the functions here differ from exact ones by about one unit in the last place.
+// u and v are word * 2^-32 + 2^-33, rounded in float32 where the reference rounds: near u = 1 another rounding moves
+// the result by 3e-4. Beyond that the functions here differ from exact ones by about one unit in the last place.
 #pragma once
 
 #include <cmath>

@@ -20,10 +20,14 @@ constexpr int kThreads = 128;  // of a block
 template <typename F>
 cudaError_t with_float_type(Type type, const F& f) {
   switch (type) {
-    case Type::f32: return f(float{});
-    case Type::bf16: return f(bfloat16{});
-    case Type::f16: return f(float16{});
-    default: return cudaErrorInvalidValue;
+    case Type::f32:
+      return f(float{});
+    case Type::bf16:
+      return f(bfloat16{});
+    case Type::f16:
+      return f(float16{});
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -48,15 +52,19 @@ inline bool aligned(std::initializer_list<const void*> pointers) {
 
 struct Grid {
   dim3 blocks, threads;
+  int64_t tiles, tiles_per_block;  // of a sample
 };
 
-// The grid for non-empty tensors, a thread a tile: x counts the tiles of a sample and y (and z, beyond 65535) the samples, so that no thread divides.
-// Samples of few tiles share a block.
+// The grid for non-empty tensors: x counts the tiles of a sample and y (and z, beyond 65535) the samples, so that no
+// thread divides. Samples of few tiles share a block. Where there is more than enough for all multiprocessors, a thread
+// has up to four tiles, for which it looks up the sample's row and key once.
 inline Grid grid_of_tiles(int64_t samples, int64_t tiles) {
-  const int64_t blocks = divide_up(tiles, kThreads), threads = divide_up(tiles, blocks);
+  const int64_t rounds = std::clamp<int64_t>(samples * divide_up(tiles, kThreads) / 4096, 1, 4);
+  const int64_t blocks = divide_up(tiles, rounds * kThreads), each = divide_up(tiles, blocks);
+  const int64_t threads = divide_up(each, divide_up(each, kThreads));
   const int64_t together = std::min(samples, kThreads / threads), rows = divide_up(samples, together);
   const int64_t layers = divide_up(rows, 65535);
-  return {dim3(blocks, divide_up(rows, layers), layers), dim3(threads, together)};
+  return {dim3(blocks, divide_up(rows, layers), layers), dim3(threads, together), tiles, each};
 }
 
 }  // namespace ddpm_fast

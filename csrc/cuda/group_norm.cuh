@@ -1,8 +1,8 @@
 // What the forward and the backward pass of group_norm_silu share.
 //
-// A sample is cut in slices whose size depends on its shape alone, so that sums over a sample are in one order whatever the
-// batch. In channels-last tensors a slice is some pixels with all channels, and a thread keeps its channels; in planar ones
-// it is a piece of a contiguous run.
+// A sample is cut in slices whose size depends on its shape alone, so that sums over a sample are in one order whatever
+// the batch. In channels-last tensors a slice is some pixels with all channels, and a thread keeps its channels; in
+// planar ones it is a piece of a contiguous run.
 #pragma once
 
 #include <type_traits>
@@ -32,7 +32,9 @@ inline dim3 grid_of_slices(int64_t slices, int64_t samples) {
   return dim3(slices, divide_up(samples, layers), layers);
 }
 
-__device__ __forceinline__ int64_t sample_of_block() { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
+__device__ __forceinline__ int64_t sample_of_block() {
+  return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+}
 
 // Calls f with the element type, the vectors' width and the layout as constants.
 template <typename F>
@@ -129,8 +131,8 @@ __device__ __forceinline__ Map map_of(
   return {g.mean[group], rstd * a.factor, a.term};
 }
 
-// What a block of the last launch, which writes a tensor like x, works on: all channels of some pixels; or (planar) some
-// channels, with their planes or, if those are large, a piece of them.
+// What a block of the last launch, which writes a tensor like x, works on: all channels of some pixels; or (planar)
+// some channels, with their planes or, if those are large, a piece of them.
 struct Part {
   int64_t first_channel, channels, begin, end;  // begin and end within the plane
 };
@@ -143,7 +145,8 @@ inline Parts parts_of(const Shape& shape) {
   const int64_t per_piece = std::max<int64_t>(kSliceElements / (shape.planar ? 1 : shape.channels), 1);
   const int64_t pieces = divide_up(shape.plane, per_piece);
   if (!shape.planar) return {shape.channels, per_piece, pieces, pieces};
-  const int64_t channels = std::clamp<int64_t>(kSliceElements / shape.plane, 1, std::min<int64_t>(shape.channels, 1024));
+  const int64_t channels =
+      std::clamp<int64_t>(kSliceElements / shape.plane, 1, std::min<int64_t>(shape.channels, 1024));
   return {channels, per_piece, pieces, divide_up(shape.channels, channels) * pieces};
 }
 

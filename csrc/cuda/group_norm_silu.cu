@@ -1,9 +1,9 @@
-// Group norm, an affine map and SiLU: one launch reads x for the statistics, one reads it again and writes y. Samples of
-// more than kFewSlices slices have a small launch between them.
+// Group norm, an affine map and SiLU: one launch reads x for the statistics, one reads it again and writes y. Samples
+// of more than kFewSlices slices have a small launch between them.
 //
-// The statistics are safe where the mean is far larger than the spread: sums are of differences from a value among those
-// summed, and parts are joined by their means and their sums of squares about them (Chan et al. 1979). Means are kept as
-// differences from the group's first element, which spares them the rounding at their own size.
+// The statistics are safe where the mean is far larger than the spread: sums are of differences from a value among
+// those summed, and parts are joined by their means and their sums of squares about them (Chan et al. 1979). Means are
+// kept as differences from the group's first element, which spares them the rounding at their own size.
 #include "cuda/group_norm.cuh"
 #include "cuda/launch.h"
 
@@ -17,7 +17,8 @@ struct Moments {
 
 // The first element of a group.
 template <typename T>
-__device__ __forceinline__ float origin_of(const GroupNormSilu& g, int64_t group_channels, int64_t sample, int64_t group) {
+__device__ __forceinline__ float origin_of(
+    const GroupNormSilu& g, int64_t group_channels, int64_t sample, int64_t group) {
   const int64_t c = group * group_channels;
   const int64_t i = sample * size_of(g.shape) + (g.shape.planar ? c * g.shape.plane : c);
   return to_float(static_cast<const T*>(g.x)[i]);
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     const auto each = static_cast<uint32_t>(plan.group_channels);
     const int64_t last = static_cast<uint32_t>(part.first_channel + part.channels - 1) / each;
     for (int64_t group = static_cast<uint32_t>(part.first_channel) / each + threadIdx.x / kWarp; group <= last;
-         group += kNormThreads / kWarp) {
+        group += kNormThreads / kWarp) {
       float total;
       const Moments m = join_slices(g, plan, sample, group, total);
       if (threadIdx.x % kWarp == 0) write_statistics<T>(g, plan, sample, group, total, m);
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   __syncthreads();
 
   const int64_t start = sample * size_of(g.shape);
-  for_vectors<kPlanar, kWidth>(g.shape, part, maps, [&](int64_t i, const Map (&map)[kWidth]) {
+  for_vectors<kPlanar, kWidth>(g.shape, part, maps, [&](int64_t i, const Map(&map)[kWidth]) {
     float x[kWidth];
     load<T>(g.x, start + i, x);
 #pragma unroll
@@ -272,10 +273,12 @@ static cudaError_t launch_norm(const GroupNormSilu& g, cudaStream_t stream) {
     statistics_kernel<T, kWidth><<<grid_of_slices(slices, samples), kNormThreads, shared, stream>>>(g, plan);
   }
   if (slices > kFewSlices)
-    join_kernel<T><<<grid_of_slices(divide_up(g.groups, kNormThreads / kWarp), samples), kNormThreads, 0, stream>>>(g, plan);
+    join_kernel<T>
+        <<<grid_of_slices(divide_up(g.groups, kNormThreads / kWarp), samples), kNormThreads, 0, stream>>>(g, plan);
   const size_t shared = plan.output.channels * sizeof(Map);
   if (const auto error = allow_shared(output_kernel<T, kWidth, kPlanar>, shared)) return error;
-  output_kernel<T, kWidth, kPlanar><<<grid_of_slices(plan.output.count, samples), kNormThreads, shared, stream>>>(g, plan);
+  output_kernel<T, kWidth, kPlanar>
+      <<<grid_of_slices(plan.output.count, samples), kNormThreads, shared, stream>>>(g, plan);
   return cudaGetLastError();
 }
 

@@ -1,5 +1,6 @@
-// The gradients of group_norm_silu, from x, the statistics and the output's gradient: one launch sums over the pixels of
-// each channel, a small one joins slices, groups and samples, and one reads both tensors again and writes x's gradient.
+// The gradients of group_norm_silu, from x, the statistics and the output's gradient: one launch sums over the pixels
+// of each channel, a small one joins slices, groups and samples, and one reads both tensors again and writes x's
+// gradient.
 #include "cuda/group_norm.cuh"
 #include "cuda/launch.h"
 
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
   __syncthreads();
   const int64_t start = sample * size_of(g.shape);
-  for_vectors<kPlanar, kWidth>(g.shape, part, gradient_maps, [&](int64_t i, const GradientMap (&own)[kWidth]) {
+  for_vectors<kPlanar, kWidth>(g.shape, part, gradient_maps, [&](int64_t i, const GradientMap(&own)[kWidth]) {
     float x[kWidth], grad[kWidth];
     load<T>(g.x, start + i, x);
     load<T>(g.grad, start + i, grad);

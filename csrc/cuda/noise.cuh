@@ -37,7 +37,7 @@ __device__ __forceinline__ float radius(float u) {
 // swapping sine and cosine (minimax, 5e-8).
 __device__ __forceinline__ Pair device_box_muller(uint32_t word0, uint32_t word1) {
   const float length = radius(device_uniform(word0)), v = device_uniform(word1);
-  const float rounded = fmaf(v, 2.0f, 12582912.0f);  // 1.5 2^23: the half turns stand in the lowest bit
+  const float rounded = fmaf(v, 2.0f, 12582912.0f);       // 1.5 2^23: the half turns stand in the lowest bit
   const float r = fmaf(rounded - 12582912.0f, -0.5f, v);  // exact
   const float signed_length = float_of(bits_of(length) ^ bits_of(rounded) << 31);
   const float r2 = r * r;
@@ -54,8 +54,11 @@ __device__ __forceinline__ Pair device_box_muller(uint32_t word0, uint32_t word1
 
 // The kCount elements of a key's stream from 4 * block on.
 template <int kCount>
-__device__ __forceinline__ void normals(const Key& key, int64_t block, float (&out)[kCount]) {
+__device__ __forceinline__ void normals(Key key, int64_t block, float (&out)[kCount]) {
   static_assert(kCount % 4 == 0);
+  // Hides from the compiler that a loop's tiles share the key: it would keep the keys of all rounds, in 18 registers
+  // that are worth more than the additions.
+  asm volatile("" : "+l"(key.seed));
   const uint64_t counter = key.offset + static_cast<uint64_t>(block);
 #pragma unroll
   for (int j = 0; j < kCount; j += 4) {

@@ -8,25 +8,31 @@
 namespace ddpm_fast {
 
 template <typename X, typename Out, class Tile>
-__global__ void __launch_bounds__(kThreads) q_sample_kernel(const __grid_constant__ QSample q) {
-  const Place at = place();
-  const Tile tile(q.shape, q.keys && q.shape.planar, at);
-  if (at.sample >= q.shape.samples || tile.first >= size_of(q.shape)) return;
-  const int64_t t = q.t[at.sample];
+__global__ void __launch_bounds__(kThreads)
+    q_sample_kernel(const __grid_constant__ QSample q, int64_t tiles, int64_t tiles_per_block) {
+  const int64_t sample = sample_of_thread();
+  if (sample >= q.shape.samples) return;
+  const int64_t t = q.t[sample];
   const bool known = static_cast<uint64_t>(t) < static_cast<uint64_t>(q.timesteps);
   const float* row = q.rows + (known ? 2 * t : 0);
   const float a = row[0], s = row[1];
-  float x[Tile::kSize], noise[Tile::kSize];
-  tile.template load<X>(q.x_start, x);
-  if (q.keys) {
-    normals(load_key(q.keys, at.sample), at.tile * (Tile::kSize / 4), noise);
-  } else {
-    using Noise = std::conditional_t<std::is_same_v<X, uint8_t>, float, X>;
-    tile.template load<Noise>(q.noise, noise);
-  }
+  Key key{};
+  if (q.keys) key = load_key(q.keys, sample);
+
+  for_tiles(tiles, tiles_per_block, [&](int64_t index) {
+    const Tile tile(q.shape, q.keys && q.shape.planar, {sample, index});
+    float x[Tile::kSize], noise[Tile::kSize];
+    tile.template load<X>(q.x_start, x);
+    if (q.keys) {
+      normals(key, index * (Tile::kSize / 4), noise);
+    } else {
+      using Noise = std::conditional_t<std::is_same_v<X, uint8_t>, float, X>;
+      tile.template load<Noise>(q.noise, noise);
+    }
 #pragma unroll
-  for (int j = 0; j < Tile::kSize; ++j) x[j] = q_sample(a, s, x[j], noise[j]);
-  tile.template store<Out>(q.out, x);
+    for (int j = 0; j < Tile::kSize; ++j) x[j] = q_sample(a, s, x[j], noise[j]);
+    tile.template store<Out>(q.out, x);
+  });
   // Like ATen's own indexing, it stops rather than clamp: an image of the wrong t looks like a right one. At the end,
   // where nothing is live that the call would have to save.
   CUDA_KERNEL_ASSERT(known && "q_sample: t is outside [0, T)");
@@ -41,7 +47,7 @@ cudaError_t launch(const QSample& q, cudaStream_t stream) {
       with_tile<false>(q.shape, q.keys && q.shape.planar, {q.x_start, q.noise, q.out}, [&](auto tag) {
         using Tile = typename decltype(tag)::type;
         const Grid grid = grid_of_tiles(q.shape.samples, divide_up(size_of(q.shape), Tile::kSize));
-        q_sample_kernel<X, Out, Tile><<<grid.blocks, grid.threads, 0, stream>>>(q);
+        q_sample_kernel<X, Out, Tile><<<grid.blocks, grid.threads, 0, stream>>>(q, grid.tiles, grid.tiles_per_block);
       });
       return cudaGetLastError();
     };

@@ -20,13 +20,17 @@ cudaError_t launch(const FoldIn& f, cudaStream_t stream) {
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(kThreads) normal_kernel(const __grid_constant__ Normal n) {
-  const Place at = place();
-  const Tile tile({n.count, 1, n.size, false}, false, at);
-  if (at.sample >= n.count || tile.first >= n.size) return;
-  float out[Tile::kSize];
-  normals(load_key(n.keys, at.sample), at.tile * (Tile::kSize / 4), out);
-  tile.template store<float>(n.out, out);
+__global__ void __launch_bounds__(kThreads)
+    normal_kernel(const __grid_constant__ Normal n, int64_t tiles, int64_t tiles_per_block) {
+  const int64_t row = sample_of_thread();
+  if (row >= n.count) return;
+  const Key key = load_key(n.keys, row);
+  for_tiles(tiles, tiles_per_block, [&](int64_t index) {
+    const Tile tile({n.count, 1, n.size, false}, false, {row, index});
+    float out[Tile::kSize];
+    normals(key, index * (Tile::kSize / 4), out);
+    tile.template store<float>(n.out, out);
+  });
 }
 
 cudaError_t launch(const Normal& n, cudaStream_t stream) {
@@ -34,7 +38,7 @@ cudaError_t launch(const Normal& n, cudaStream_t stream) {
   with_linear_tile(n.size, {n.out}, [&](auto tag) {
     using Tile = typename decltype(tag)::type;
     const Grid grid = grid_of_tiles(n.count, divide_up(n.size, Tile::kSize));
-    normal_kernel<Tile><<<grid.blocks, grid.threads, 0, stream>>>(n);
+    normal_kernel<Tile><<<grid.blocks, grid.threads, 0, stream>>>(n, grid.tiles, grid.tiles_per_block);
   });
   return cudaGetLastError();
 }

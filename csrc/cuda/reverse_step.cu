@@ -1,12 +1,12 @@
-#include "cuda/reverse_step.cuh"
-
 #include "cuda/launch.h"
+#include "cuda/reverse_step.cuh"
 
 namespace ddpm_fast {
 
 template <typename X, typename Pred, class Tile>
-__global__ void __launch_bounds__(kThreads) reverse_step_kernel(const __grid_constant__ ReverseStep r) {
-  step_tile<X, Pred, Tile>(r);
+__global__ void __launch_bounds__(kThreads)
+    reverse_step_kernel(const __grid_constant__ ReverseStep r, int64_t tiles, int64_t tiles_per_block) {
+  step_tiles<X, Pred, Tile>(r, tiles, tiles_per_block);
 }
 
 cudaError_t launch(const ReverseStep& r, cudaStream_t stream) {
@@ -17,7 +17,8 @@ cudaError_t launch(const ReverseStep& r, cudaStream_t stream) {
     with_tile<false>(r.shape, r.keys && r.shape.planar, tensors, [&](auto tag) {
       using Tile = typename decltype(tag)::type;
       const Grid grid = grid_of_tiles(r.shape.samples, divide_up(size_of(r.shape), Tile::kSize));
-      reverse_step_kernel<decltype(x), decltype(pred), Tile><<<grid.blocks, grid.threads, 0, stream>>>(r);
+      reverse_step_kernel<decltype(x), decltype(pred), Tile>
+          <<<grid.blocks, grid.threads, 0, stream>>>(r, grid.tiles, grid.tiles_per_block);
     });
     return cudaGetLastError();
   });

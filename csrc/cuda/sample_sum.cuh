@@ -43,14 +43,6 @@ __device__ __forceinline__ float row_sum(float value) {
   return value;
 }
 
-// Calls f with each tile of this thread.
-template <typename F>
-__device__ __forceinline__ void for_tiles_of_segment(int64_t tiles, int64_t tiles_per_segment, const F& f) {
-  const int64_t begin = blockIdx.x * tiles_per_segment;
-  const int64_t end = begin + tiles_per_segment < tiles ? begin + tiles_per_segment : tiles;
-  for (int64_t tile = begin + threadIdx.x; tile < end; tile += blockDim.x) f(tile);
-}
-
 // Adds up what the blocks of each sample left: partial is (samples, segments).
 void sum_segments(const float* partial, float* out, int64_t samples, int64_t segments, cudaStream_t stream);
 

@@ -1,4 +1,5 @@
-// What one thread works on: a few elements of one sample that follow one another in the order in which noise is counted.
+// What one thread works on: a few elements of one sample that follow one another in the order in which noise is
+// counted.
 //
 // Values are float32 in registers, in that order; where they lie in memory is the tile's affair. All loops over a tile
 // unroll, so that the arrays are registers.
@@ -13,10 +14,18 @@ struct Place {
   int64_t sample, tile;
 };
 
-// Of a grid_of_tiles.
-__device__ __forceinline__ Place place() {
+__device__ __forceinline__ int64_t sample_of_thread() {
   const int64_t row = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-  return {row * blockDim.y + threadIdx.y, static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x};
+  return row * blockDim.y + threadIdx.y;
+}
+
+// Calls f with each tile of this thread.
+template <typename F>
+__device__ __forceinline__ void for_tiles(int64_t tiles, int64_t tiles_per_block, const F& f) {
+  const int64_t begin = blockIdx.x * tiles_per_block;
+  const int64_t end = begin + tiles_per_block < tiles ? begin + tiles_per_block : tiles;
+#pragma unroll 1
+  for (int64_t tile = begin + threadIdx.x; tile < end; tile += blockDim.x) f(tile);
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -90,7 +99,6 @@ struct WideTile {
       *reinterpret_cast<Vector<T, kPixels>*>(static_cast<T*>(data) + offset + c * stride) = v;
     }
   }
-
 };
 
 // Element by element, for sizes and addresses that do not allow vectors, and planar tensors of any number of channels.

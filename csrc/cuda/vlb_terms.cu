@@ -22,10 +22,10 @@ __device__ __forceinline__ float log_bin(float x, float mean, float log_sigma) {
 }
 
 template <typename Pred, class Tile>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 2)
     vlb_terms_kernel(const __grid_constant__ VlbTerms v, int64_t tiles, int64_t tiles_per_segment) {
   constexpr int kSize = Tile::kSize;
-  const int64_t sample = place().sample;
+  const int64_t sample = sample_of_thread();
   const bool present = sample < v.shape.samples;
   const int64_t t = present ? v.t[sample] : 0;
   const bool known = static_cast<uint64_t>(t) < static_cast<uint64_t>(v.timesteps);
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const float u = row[0], w = row[1], c0 = row[2], cx = row[3], log_q = row[4];
 
   float sum = 0.0f;
-  for_tiles_of_segment(present ? tiles : 0, tiles_per_segment, [&](int64_t index) {
+  for_tiles(present ? tiles : 0, tiles_per_segment, [&](int64_t index) {
     const Tile tile(v.shape, false, {sample, index});
     float x_start[kSize], x_t[kSize], x_hat[kSize], log_p[kSize];
     if (v.x_is_bytes)
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kSumThreads)
   });
 
   sum = row_sum(sum);
-  if (threadIdx.x == 0 && present) (gridDim.x > 1 ? v.workspace + sample * gridDim.x + blockIdx.x : v.out + sample)[0] = sum;
+  if (threadIdx.x == 0 && present)
+    (gridDim.x > 1 ? v.workspace + sample * gridDim.x + blockIdx.x : v.out + sample)[0] = sum;
   CUDA_KERNEL_ASSERT(known && "vlb_terms: t is outside [0, T)");
 }
 

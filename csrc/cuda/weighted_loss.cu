@@ -21,10 +21,10 @@ __device__ __forceinline__ float losses(const Tile& tile, float (&error)[Tile::k
 }
 
 template <typename Pred, typename Data, class Tile>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 2)
     weighted_loss_kernel(const __grid_constant__ WeightedLoss l, int64_t tiles, int64_t tiles_per_segment) {
   constexpr int kSize = Tile::kSize;
-  const int64_t sample = place().sample;
+  const int64_t sample = sample_of_thread();
   const bool present = sample < l.shape.samples;
   const int64_t t = present ? l.t[sample] : 0;
   const bool known = static_cast<uint64_t>(t) < static_cast<uint64_t>(l.timesteps);
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kSumThreads)
   if (l.keys && present) key = load_key(l.keys, sample);
 
   float sum = 0.0f;
-  for_tiles_of_segment(present ? tiles : 0, tiles_per_segment, [&](int64_t index) {
+  for_tiles(present ? tiles : 0, tiles_per_segment, [&](int64_t index) {
     const Tile tile(l.shape, l.keys && l.shape.planar, {sample, index});
     float error[kSize], target[kSize], noise[kSize];
     tile.template load<Pred>(l.pred, error);

@@ -143,8 +143,16 @@ class Simulation:
         out = torch.empty_like(x_start, dtype=dtype, memory_format=memory_format(x_start))
         self._launch(
             "QSample",
-            **dict(x_start=x_start, noise=noise, keys=keys, t=t, rows=rows, out=out, shape=shape_of(x_start)),
-            **dict(timesteps=len(rows), x_type=TYPES[x_start.dtype], out_type=TYPES[dtype]),
+            x_start=x_start,
+            noise=noise,
+            keys=keys,
+            t=t,
+            rows=rows,
+            out=out,
+            shape=shape_of(x_start),
+            timesteps=len(rows),
+            x_type=TYPES[x_start.dtype],
+            out_type=TYPES[dtype],
         )
         return out
 
@@ -167,9 +175,21 @@ class Simulation:
         data_type = torch.float32 if bytes_ else data.pop()
         self._launch(
             "WeightedLoss",
-            **dict(pred=pred, x_start=x_start, noise=noise, keys=keys, t=t, rows=rows, loss=loss, grad=grad),
-            **dict(shape=shape_of(pred), timesteps=len(rows), scale=scale, loss_type=loss_type),
-            **dict(pred_type=TYPES[pred.dtype], data_type=TYPES[data_type], x_is_bytes=bytes_),
+            pred=pred,
+            x_start=x_start,
+            noise=noise,
+            keys=keys,
+            t=t,
+            rows=rows,
+            loss=loss,
+            grad=grad,
+            shape=shape_of(pred),
+            timesteps=len(rows),
+            scale=scale,
+            loss_type=loss_type,
+            pred_type=TYPES[pred.dtype],
+            data_type=TYPES[data_type],
+            x_is_bytes=bytes_,
         )
         return loss, pred.new_empty(0) if grad is None else grad
 
@@ -196,11 +216,27 @@ class Simulation:
         model_input = like(return_model_input, pred.dtype)
         self._launch(
             "ReverseStep",
-            **dict(x=x, pred=pred, noise=noise, keys=keys, x_start_prev=x_start_prev, variance=variance),
-            **dict(bounds=bounds, step=step, rows=rows, x_next=x_next, x_start_out=x_start, model_input=model_input),
-            **dict(shape=shape_of(x), steps=len(rows), columns=rows.shape[1], low=low, high=high),
-            **dict(key_steps=0 if keys is None else len(keys), step_is_shared=step.ndim == 0),
-            **dict(x_type=TYPES[x.dtype], pred_type=TYPES[pred.dtype]),
+            x=x,
+            pred=pred,
+            noise=noise,
+            keys=keys,
+            x_start_prev=x_start_prev,
+            variance=variance,
+            bounds=bounds,
+            step=step,
+            rows=rows,
+            x_next=x_next,
+            x_start_out=x_start,
+            model_input=model_input,
+            shape=shape_of(x),
+            steps=len(rows),
+            columns=rows.shape[1],
+            low=low,
+            high=high,
+            key_steps=0 if keys is None else len(keys),
+            step_is_shared=step.ndim == 0,
+            x_type=TYPES[x.dtype],
+            pred_type=TYPES[pred.dtype],
         )
         nothing = x.new_empty(0)
         return (
@@ -223,9 +259,20 @@ class Simulation:
         out = torch.empty(len(x_t))
         self._launch(
             "VlbTerms",
-            **dict(x_start=x_start, x_t=x_t, pred=pred, variance=variance, t=t, rows=rows, out=out),
-            **dict(shape=shape_of(x_t), timesteps=len(rows), columns=rows.shape[1], low=low, high=high),
-            **dict(pred_type=TYPES[pred.dtype], x_is_bytes=x_start.dtype == torch.uint8),
+            x_start=x_start,
+            x_t=x_t,
+            pred=pred,
+            variance=variance,
+            t=t,
+            rows=rows,
+            out=out,
+            shape=shape_of(x_t),
+            timesteps=len(rows),
+            columns=rows.shape[1],
+            low=low,
+            high=high,
+            pred_type=TYPES[pred.dtype],
+            x_is_bytes=x_start.dtype == torch.uint8,
         )
         return out
 
@@ -244,9 +291,20 @@ class Simulation:
         mean, rstd = torch.empty(len(x), groups), torch.empty(len(x), groups)
         self._launch(
             "GroupNormSilu",
-            **dict(x=x, weight=weight, bias=bias, scale=scale, shift=shift, y=y, mean=mean, rstd=rstd),
-            **dict(shape=shape_of(x, image=True), groups=groups, eps=eps, silu=silu),
-            **dict(x_type=TYPES[x.dtype], parameter_type=TYPES[weight.dtype]),
+            x=x,
+            weight=weight,
+            bias=bias,
+            scale=scale,
+            shift=shift,
+            y=y,
+            mean=mean,
+            rstd=rstd,
+            shape=shape_of(x, image=True),
+            groups=groups,
+            eps=eps,
+            silu=silu,
+            x_type=TYPES[x.dtype],
+            parameter_type=TYPES[weight.dtype],
         )
         return y, mean, rstd
 
@@ -268,11 +326,24 @@ class Simulation:
         grad_scale, grad_shift = (None if p is None else torch.empty_like(p) for p in (scale, shift))
         self._launch(
             "GroupNormSiluBackward",
-            **dict(grad=grad, x=x, mean=mean, rstd=rstd, weight=weight, bias=bias, scale=scale, shift=shift),
-            **dict(grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias),
-            **dict(grad_scale=grad_scale, grad_shift=grad_shift),
-            **dict(shape=shape_of(x, image=True), groups=groups, silu=silu),
-            **dict(x_type=TYPES[x.dtype], parameter_type=TYPES[weight.dtype]),
+            grad=grad,
+            x=x,
+            mean=mean,
+            rstd=rstd,
+            weight=weight,
+            bias=bias,
+            scale=scale,
+            shift=shift,
+            grad_x=grad_x,
+            grad_weight=grad_weight,
+            grad_bias=grad_bias,
+            grad_scale=grad_scale,
+            grad_shift=grad_shift,
+            shape=shape_of(x, image=True),
+            groups=groups,
+            silu=silu,
+            x_type=TYPES[x.dtype],
+            parameter_type=TYPES[weight.dtype],
         )
         nothing = x.new_empty(0)
         grads = (nothing if g is None else g for g in (grad_scale, grad_shift))
