@@ -317,6 +317,28 @@ def test_importing_the_package_does_not_import_triton():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_sample_has_the_same_bits_in_any_batch_and_in_every_run(layout):
+    """Also where its sums are made of several parts."""
+    x, pred, grad = (images(3, 12, 56, 56, layout=layout) for _ in range(3))
+    keys, t, rows, op = make_keys(3), torch.tensor([2, 0, 1]), torch.rand(3, 6), torch.ops.ddpm_fast_triton
+    weight = torch.randn(12)
+
+    def results(rows_of):
+        x_, pred_, grad_, keys_, t_ = (y[rows_of] for y in (x, pred, grad, keys, t))
+        y, mean, rstd = op.group_norm_silu(x_, weight, weight, None, None, 1, 1e-5, True)
+        gradient = op.group_norm_silu_backward(grad_, x_, mean, rstd, weight, weight, None, None, 1, True)[0]
+        loss = op.weighted_loss(pred_, x_, None, keys_, t_, rows[:, :3].contiguous(), 2, 1.0, True)
+        return *loss, op.vlb_terms(x_, x_, pred_, None, t_, rows, -1.0, 1.0), y, mean, rstd, gradient
+
+    with simulated(90) as launched:
+        together, again, alone = results(slice(None)), results(slice(None)), results(slice(1, 2))
+    assert {"_add_parts", "_merge"} <= {one.stats.kernel for one in launched}
+    for first, second, third in zip(together, again, alone, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first[1:2], third)
+
+
 # Faults that these tests must find
 
 
