@@ -60,9 +60,7 @@ def settle(section: str, rows: Mapping[str, Mapping[str, Row]], *, update: bool)
             budget, row = known[name].get(arch, {}), rows[name].get(arch, {})
             for what in budget.keys() | row.keys():
                 old, new = budget.get(what), row.get(what)
-                if None in (old, new):
-                    worse.append(f"{name} {arch}: {what} was {old} and is {new}")
-                elif new < old if what in MORE_IS_BETTER else new > old * slack:
+                if None in (old, new) or (new < old if what in MORE_IS_BETTER else new > old * slack):
                     worse.append(f"{name} {arch}: {what} was {old} and is {new}")
     assert not worse, "worse than tests/budgets.toml (pytest --update-budgets accepts it):\n" + "\n".join(sorted(worse))
 
@@ -76,7 +74,9 @@ def _write(file: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> None:
                 if isinstance(row, str):
                     lines.append(f'{arch} = "{row}"')
                     continue
-                cells = ", ".join(f"{what} = {value:>{5 if what in ('instructions', 'shared') else 3}}" for what, value in row.items())
+                cells = ", ".join(
+                    f"{what} = {value:>{5 if what in ('instructions', 'shared') else 3}}" for what, value in row.items()
+                )
                 lines.append(f"{arch:<6} = {{ {cells} }}")
             lines.append("")
     BUDGETS.write_text("\n".join(lines))
