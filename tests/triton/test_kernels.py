@@ -281,17 +281,14 @@ def test_group_norm_of_a_mean_far_larger_than_the_spread(cc, layout):
 
 def test_elements_past_two_to_the_31_are_reached():
     extent = 2**30 + 1024
-    x_start, out = (
-        torch.from_numpy(np.zeros(2 * extent + 1024, np.uint8)) for _ in range(2)
-    )  # pages come when touched
+    x_start = torch.from_numpy(np.zeros(2 * extent + 1024, np.uint8))  # whose pages come when they are touched
     out = torch.from_numpy(np.zeros(2 * extent + 1024, np.uint16)).view(BF16)
     x_start[2 * extent :] = torch.arange(1024) % 256
     t, rows, keys = torch.zeros(3, dtype=torch.int64), torch.tensor([[1.0, 0.0]]), make_keys(3)
-    from ddpm_fast.ops.triton.q_sample import _q_sample
-
-    constants = {"LAYOUT": "linear", "LANES": 1, "BLOCK": 1024, "VECTOR": 8, "num_warps": 2}
+    kernel = importlib.import_module("ddpm_fast.ops.triton.q_sample")._q_sample
+    constants = {"LAYOUT": "linear", "LANES": 1, "BLOCK": 1024, "VECTOR": 8, "num_warps": 2, "enable_fp_fusion": False}
     with simulated(90):
-        _q_sample[(3, 1, 1)](x_start, None, keys, t, rows, out, 1, extent, 1, **constants)
+        kernel[(3, 1, 1)](x_start, None, keys, t, rows, out, 1, extent, 1, **constants)
     expected = ((torch.arange(1024) % 256).float() * (2 / 255) - 1).bfloat16()
     assert torch.equal(out[2 * extent :], expected)
 
@@ -320,6 +317,28 @@ def test_importing_the_package_does_not_import_triton():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_sample_has_the_same_bits_in_any_batch_and_in_every_run(layout):
+    """Also where its sums are made of several parts."""
+    x, pred, grad = (images(3, 12, 56, 56, layout=layout) for _ in range(3))
+    keys, t, rows, op = make_keys(3), torch.tensor([2, 0, 1]), torch.rand(3, 6), torch.ops.ddpm_fast_triton
+    weight = torch.randn(12)
+
+    def results(rows_of):
+        x_, pred_, grad_, keys_, t_ = (y[rows_of] for y in (x, pred, grad, keys, t))
+        y, mean, rstd = op.group_norm_silu(x_, weight, weight, None, None, 1, 1e-5, True)
+        gradient = op.group_norm_silu_backward(grad_, x_, mean, rstd, weight, weight, None, None, 1, True)[0]
+        loss = op.weighted_loss(pred_, x_, None, keys_, t_, rows[:, :3].contiguous(), 2, 1.0, True)
+        return *loss, op.vlb_terms(x_, x_, pred_, None, t_, rows, -1.0, 1.0), y, mean, rstd, gradient
+
+    with simulated(90) as launched:
+        together, again, alone = results(slice(None)), results(slice(None)), results(slice(1, 2))
+    assert {"_add_parts", "_merge"} <= {one.stats.kernel for one in launched}
+    for first, second, third in zip(together, again, alone, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first[1:2], third)
+
+
 # Faults that these tests must find
 
 
@@ -329,7 +348,8 @@ def plant(tmp_path, monkeypatch):
     here = Path(ops.__file__).parent
 
     def planted(file, right, wrong):
-        package = tmp_path / "planted"
+        # The modules stay loaded: Triton unloads a kernel by the driver, and none is active after the test.
+        package = tmp_path / f"planted_{hash(tmp_path) & 0xFFFFFFFF:x}"
         shutil.copytree(here / "triton", package / "triton", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(here / "reference.py", package)
         path = package / "triton" / file
@@ -337,9 +357,7 @@ def plant(tmp_path, monkeypatch):
         assert right in text
         path.write_text(text.replace(right, wrong))
         monkeypatch.syspath_prepend(tmp_path)
-        for name in [name for name in sys.modules if name.startswith("planted")]:
-            del sys.modules[name]
-        return importlib.import_module("planted.triton")
+        return importlib.import_module(f"{package.name}.triton")
 
     return planted
 
@@ -389,13 +407,13 @@ def test_statistics_without_a_shift_are_found(plant):
 
 
 def test_offsets_in_32_bits_are_found(plant):
-    plant("tiles.py", "sample.to(tl.int64)", "sample")
-    kernels = importlib.import_module("planted.triton.q_sample")
+    kernels = plant("tiles.py", "sample.to(tl.int64)", "sample")
+    kernel = sys.modules[kernels.q_sample.__module__]._q_sample
     extent = 2**30 + 1024
     x_start = torch.from_numpy(np.zeros(2 * extent + 1024, np.uint8))
-    constants = {"LAYOUT": "linear", "LANES": 1, "BLOCK": 1024, "VECTOR": 8, "num_warps": 2}
+    constants = {"LAYOUT": "linear", "LANES": 1, "BLOCK": 1024, "VECTOR": 8, "num_warps": 2, "enable_fp_fusion": False}
     with simulated(90), pytest.raises(ptxsim.OutOfBounds):
-        kernels._q_sample[(3, 1, 1)](
+        kernel[(3, 1, 1)](
             x_start,
             x_start,
             None,

@@ -46,8 +46,8 @@ def _statistics_tiles(planar: bool, channels: int, plane: int, groups: int) -> t
         size = width * plane
         columns, together = min(_power(size), 1024), 1
         length = triton.cdiv(size, columns)
-    else:  # whole groups, 64 channels or more side by side; more where there are few pixels
-        together = max(64 // width, _TILE // (_power(plane) * width), 1)
+    else:  # whole groups, 32 channels or more side by side; more where there are few pixels
+        together = max(32 // width, _TILE // (_power(plane) * width), 1)
         together = min(1 << together.bit_length() - 1, _power(groups))
         columns, length = _power(together * width), plane
     rows = max(min(_power(length), _TILE // columns), 1)
