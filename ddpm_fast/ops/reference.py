@@ -72,6 +72,8 @@ def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def noise_of(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """The noise of samples of a shape (N, ...), float32: images counted channels-last, all else as it lies."""
+    from .random import normal  # by the backend of the device, so that float64 sees the bits that the kernels do
+
     n, *rest = shape
     eps = normal(keys, math.prod(rest))
     if len(shape) < 4:
@@ -262,7 +264,7 @@ def group_norm_silu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd): y in x's dtype and memory format, the statistics (N, groups) in the arithmetic's."""
     acc = _accumulator(x)
-    grouped = x.to(acc).reshape(len(x), groups, -1)  # (N, G, C / G * H * W)
+    grouped = x.to(acc).reshape(len(x), groups, x.shape[1:].numel() // groups)  # (N, G, C / G * H * W)
     var, mean = torch.var_mean(grouped, dim=2, correction=0)
     rstd = (var + eps).rsqrt()
     y = _affine(_normalised(x, mean, rstd, groups), weight, bias, scale, shift)

@@ -85,7 +85,7 @@ def weighted_loss(
     function = _op(pred)
     if function is _op.reference or door.needs_grad(x_start, noise):
         loss = reference.weighted_loss(pred, x_start, noise, keys, t, rows, loss_type)
-        return loss if reduction == "none" else loss.mean()
+        return loss if reduction == "none" else loss.sum() / max(len(pred), 1)
     scale = 1.0 if reduction == "none" else 1 / max(len(pred), 1)
     loss, _ = function(pred, x_start, noise, keys, t, rows, LOSS_TYPES.index(loss_type), scale, door.needs_grad(pred))
     return loss if reduction == "none" else loss.sum()

@@ -9,7 +9,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from ddpm_fast.ops import reference
+from ddpm_fast.ops import backend, reference
 from ddpm_fast.ops.reference import LOSS_TYPES
 
 EPS = 2.0**-24
@@ -103,7 +103,8 @@ def noise_of(noise: Tensor | None, keys: Tensor | None, shape: Shape) -> tuple[T
         return wide(noise), 0.0
     if keys is None:
         return None, 0.0
-    return reference.noise_of(keys, shape).double(), NOISE
+    with backend("reference"):
+        return reference.noise_of(keys, shape).double(), NOISE
 
 
 def pixels(x: Tensor) -> Tensor:
