@@ -1,7 +1,8 @@
 """The ops on the CPU beside the code that they replace: `pytest benchmarks/`.
 
-64 images of 3 x 256 x 256 in float32, channels-last, one thread. Peers keep the noise of a training step for the loss;
-here it is made again from its keys.
+64 images of 3 x 256 x 256 in float32, one thread: channels-last here, contiguous for the peers, as their users have them
+(PyTorch's randn is several times slower on channels-last tensors). Peers keep the noise of a training step for the
+loss; here it is made again from its keys.
 """
 
 import pytest
@@ -32,10 +33,14 @@ def pred():
     return image(1)
 
 
+def contiguous(*tensors):
+    return (tensor.contiguous() for tensor in tensors)
+
+
 class Network(torch.nn.Module):
     """Stands for the model: gives what it was given."""
 
-    channels, self_condition, random_or_learned_sinusoidal_cond = 3, False, False
+    channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 3, 3, False, False
 
     def __init__(self, pred):
         super().__init__()
@@ -67,7 +72,8 @@ def test_reverse_step(compare, x, pred):
     rows = samplers.ancestral(SCHEDULE, "pred_noise").rows.float()
     step = torch.tensor(len(SCHEDULE) - 1 - T)
     keys, eps = noise.sample_keys(N, seed=0), image(2)
-    peer, scheduler = lucidrains(pred), diffusers_scheduler()
+    x_nchw, pred_nchw = contiguous(x, pred)
+    peer, scheduler = lucidrains(pred_nchw), diffusers_scheduler()
 
     def plain(x, pred, eps):
         return reference.reverse_step(x, pred, eps, None, None, None, None, step, rows, -1.0, 1.0)[0]
@@ -78,11 +84,14 @@ def test_reverse_step(compare, x, pred):
         "copy": copying(x),
         "ddpm_fast, noise made inside": lambda: ops.reverse_step(x, pred, step, rows, keys=keys, clip=(-1, 1)),
         "ddpm_fast, noise given": lambda: ops.reverse_step(x, pred, step, rows, noise=eps, clip=(-1, 1)),
-        "denoising_diffusion_pytorch p_sample": lambda: peer.p_sample(x, T),
-        "diffusers DDPMScheduler.step": lambda: scheduler.step(pred, T, x),
-        "torch.compile of the step, randn inside": lambda: compiled_with_noise(x, pred),
-        "torch.compile of the step, eager randn": lambda: compiled(x, pred, torch.randn_like(x)),
-        "randn alone": lambda: torch.randn_like(x),
+        "ddpm_fast, noise made inside, contiguous": lambda: ops.reverse_step(
+            x_nchw, pred_nchw, step, rows, keys=keys, clip=(-1, 1)
+        ),
+        "denoising_diffusion_pytorch p_sample": lambda: peer.p_sample(x_nchw, T),
+        "diffusers DDPMScheduler.step": lambda: scheduler.step(pred_nchw, T, x_nchw),
+        "torch.compile of the step, randn inside": lambda: compiled_with_noise(x_nchw, pred_nchw),
+        "torch.compile of the step, eager randn": lambda: compiled(x_nchw, pred_nchw, torch.randn_like(x_nchw)),
+        "randn alone": lambda: torch.randn_like(x_nchw),
     }
     moved = {"copy": 2 * BYTES, "ddpm_fast, noise made inside": 3 * BYTES, "ddpm_fast, noise given": 4 * BYTES}
     compare("reverse_step", contenders, "ddpm_fast, noise made inside", 2 * BYTES, moved)
@@ -94,6 +103,7 @@ def test_q_sample(compare, x, pred):
     rows = torch.stack([a, s], dim=1).float()
     t = torch.arange(N) * 15
     keys, eps = noise.sample_keys(N, seed=0), image(2)
+    (x_nchw,) = contiguous(x)
     peer, scheduler = lucidrains(pred), diffusers_scheduler()
 
     def plain(x, eps):
@@ -105,10 +115,10 @@ def test_q_sample(compare, x, pred):
         "copy": copying(x),
         "ddpm_fast, noise made inside": lambda: ops.q_sample(x, t, rows, keys=keys),
         "ddpm_fast, noise given": lambda: ops.q_sample(x, t, rows, noise=eps),
-        "denoising_diffusion_pytorch q_sample": lambda: peer.q_sample(x, t, torch.randn_like(x)),
-        "diffusers add_noise": lambda: scheduler.add_noise(x, torch.randn_like(x), t),
-        "torch.compile, randn inside": lambda: compiled_with_noise(x),
-        "torch.compile, eager randn": lambda: compiled(x, torch.randn_like(x)),
+        "denoising_diffusion_pytorch q_sample": lambda: peer.q_sample(x_nchw, t, torch.randn_like(x_nchw)),
+        "diffusers add_noise": lambda: scheduler.add_noise(x_nchw, torch.randn_like(x_nchw), t),
+        "torch.compile, randn inside": lambda: compiled_with_noise(x_nchw),
+        "torch.compile, eager randn": lambda: compiled(x_nchw, torch.randn_like(x_nchw)),
     }
     moved = {"copy": 2 * BYTES, "ddpm_fast, noise made inside": 2 * BYTES, "ddpm_fast, noise given": 3 * BYTES}
     compare("q_sample", contenders, "ddpm_fast, noise made inside", 2 * BYTES, moved)
@@ -119,13 +129,15 @@ def test_weighted_loss(compare, x, pred):
     t = torch.arange(N) * 15
     keys, eps = noise.sample_keys(N, seed=0), image(2)
     pred = pred.clone().requires_grad_()
+    pred_nchw, eps_nchw = (tensor.detach().requires_grad_() for tensor in contiguous(pred, eps))
+    eps_nchw.requires_grad_(False)
 
-    def backward(loss):
+    def backward(loss, pred=pred):
         return torch.autograd.grad(loss, pred)
 
     def eager():
-        loss = F.mse_loss(pred, eps, reduction="none").flatten(1).mean(1)
-        return backward((loss * rows[t, 2]).mean())
+        loss = F.mse_loss(pred_nchw, eps_nchw, reduction="none").flatten(1).mean(1)
+        return backward((loss * rows[t, 2]).mean(), pred_nchw)
 
     def plain(pred, eps):
         return reference.weighted_loss(pred, None, eps, None, t, rows, "l2").mean()
@@ -136,7 +148,7 @@ def test_weighted_loss(compare, x, pred):
         "ddpm_fast, noise made again": lambda: backward(ops.weighted_loss(pred, t, rows, keys=keys, reduction="mean")),
         "ddpm_fast, noise given": lambda: backward(ops.weighted_loss(pred, t, rows, noise=eps, reduction="mean")),
         "eager mse_loss, mean, weight, mean": eager,
-        "torch.compile of the same": lambda: backward(compiled(pred, eps)),
+        "torch.compile of the same": lambda: backward(compiled(pred_nchw, eps_nchw), pred_nchw),
     }
     moved = {"copy": 2 * BYTES, "ddpm_fast, noise made again": 2 * BYTES, "ddpm_fast, noise given": 3 * BYTES}
     compare("weighted_loss, forward and backward", contenders, "ddpm_fast, noise made again", 2 * BYTES, moved)
