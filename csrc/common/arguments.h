@@ -117,7 +117,7 @@ struct GroupNormSilu {
   float eps;
   bool silu;
   Type x_type, parameter_type;  // parameter_type is x_type or float32
-  float* workspace;  // of the size that the backend asks for
+  float* workspace;             // of the size that the backend asks for
 };
 
 struct GroupNormSiluBackward {

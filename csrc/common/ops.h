@@ -1,5 +1,6 @@
 // The ops, from tensors to kernels, for any backend: a type with functions `run(const QSample&)` and so on, with
-// `workspace_size`, the floats of memory that those structs with a `workspace` need, and a `Guard` that is made from a tensor and lives as long as the call (CUDA's makes the tensor's device the current one).
+// `workspace_size`, the floats of memory that those structs with a `workspace` need, and a `Guard` that is made from a
+// tensor and lives as long as the call (CUDA's makes the tensor's device the current one).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -98,9 +99,10 @@ struct Ops {
     Tensor loss = inputs.array(ScalarType::Float, {inputs.samples()});
     Tensor grad = with_grad ? inputs.like_first(type) : inputs.array(type, {0});
     if (pred.numel() == 0) return {torch::stable::zero_(loss), grad};
-    run_with_workspace(inputs, WeightedLoss{data_of(pred), data_of(x_start), data_of(noise), integers_of(keys), integers_of(t),
-        floats_of(rows), result_of(loss), data_if(with_grad, grad), inputs.shape(), rows.size(0),
-        static_cast<float>(scale), static_cast<LossType>(loss_type), type_of(type), type_of(data), bytes});
+    run_with_workspace(inputs,
+        WeightedLoss{data_of(pred), data_of(x_start), data_of(noise), integers_of(keys), integers_of(t),
+            floats_of(rows), result_of(loss), data_if(with_grad, grad), inputs.shape(), rows.size(0),
+            static_cast<float>(scale), static_cast<LossType>(loss_type), type_of(type), type_of(data), bytes});
     return {loss, grad};
   }
 
@@ -154,9 +156,10 @@ struct Ops {
     const Guard guard(x_t);
     Tensor out = inputs.array(ScalarType::Float, {inputs.samples()});
     if (x_t.numel() == 0) return torch::stable::zero_(out);
-    run_with_workspace(inputs, VlbTerms{data_of(x_start), floats_of(x_t), data_of(pred), data_of(variance), integers_of(t),
-        floats_of(rows), result_of(out), inputs.shape(), rows.size(0), rows.size(1), static_cast<float>(low),
-        static_cast<float>(high), type_of(pred.scalar_type()), x_start.scalar_type() == ScalarType::Byte});
+    run_with_workspace(inputs,
+        VlbTerms{data_of(x_start), floats_of(x_t), data_of(pred), data_of(variance), integers_of(t), floats_of(rows),
+            result_of(out), inputs.shape(), rows.size(0), rows.size(1), static_cast<float>(low),
+            static_cast<float>(high), type_of(pred.scalar_type()), x_start.scalar_type() == ScalarType::Byte});
     return out;
   }
 
@@ -172,9 +175,10 @@ struct Ops {
     Tensor mean = inputs.array(ScalarType::Float, {shape.samples, groups});
     Tensor rstd = inputs.array(ScalarType::Float, {shape.samples, groups});
     if (x.numel() == 0) return {y, torch::stable::zero_(mean), torch::stable::zero_(rstd)};
-    run_with_workspace(inputs, GroupNormSilu{data_of(x), data_of(weight), data_of(bias), data_of(scale), data_of(shift),
-        y.mutable_data_ptr(), result_of(mean), result_of(rstd), shape, groups, static_cast<float>(eps), silu,
-        type_of(type), type_of(weight.scalar_type())});
+    run_with_workspace(inputs,
+        GroupNormSilu{data_of(x), data_of(weight), data_of(bias), data_of(scale), data_of(shift), y.mutable_data_ptr(),
+            result_of(mean), result_of(rstd), shape, groups, static_cast<float>(eps), silu, type_of(type),
+            type_of(weight.scalar_type())});
     return {y, mean, rstd};
   }
 
@@ -198,10 +202,11 @@ struct Ops {
     };
     Tensor grad_scale = of_sample(), grad_shift = of_sample();
     if (shape.channels > 0) {
-      run_with_workspace(inputs, GroupNormSiluBackward{data_of(grad), data_of(x), floats_of(mean), floats_of(rstd), data_of(weight),
-          data_of(bias), data_of(scale), data_of(shift), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
-          grad_bias.mutable_data_ptr(), data_if(scale.has_value(), grad_scale), data_if(scale.has_value(), grad_shift),
-          shape, groups, silu, type_of(type), type_of(parameter_type)});
+      run_with_workspace(inputs,
+          GroupNormSiluBackward{data_of(grad), data_of(x), floats_of(mean), floats_of(rstd), data_of(weight),
+              data_of(bias), data_of(scale), data_of(shift), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
+              grad_bias.mutable_data_ptr(), data_if(scale.has_value(), grad_scale),
+              data_if(scale.has_value(), grad_shift), shape, groups, silu, type_of(type), type_of(parameter_type)});
     }
     return {grad_x, grad_weight, grad_bias, grad_scale, grad_shift};
   }

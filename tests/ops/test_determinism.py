@@ -1,4 +1,4 @@
-"""The same bits in every run, whatever the threads and the batch; and addresses beyond 2^31 elements."""
+"""The same bits in every run, whatever the threads and the batch; and numbers at the edge of what float32 can do."""
 
 import pytest
 import torch
@@ -74,13 +74,8 @@ def test_group_norm_is_right_where_the_mean_is_far_larger_than_the_spread(dtype)
     assert (y.double() - expected).abs().max() < bound
 
 
-def test_offsets_are_64_bits_wide():
-    """Element 2^31 + 5 of a tensor that is an image of 3 x 2^31 bytes to the kernels, and a page or two to the machine.
-
-    A broadcast x_start of stride 0 would be made dense at the door, so the arithmetic is checked where it is: the
-    key's counter. Block 2^33 of a stream is beyond 2^35 elements.
-    """
-    key = torch.tensor([[5, 2**33]])
-    far = ops.normal(key, 8)
+def test_the_counter_of_a_stream_is_64_bits_wide():
+    """Block 2^33 of a stream holds element 2^35."""
+    far = ops.normal(torch.tensor([[5, 2**33]]), 8)
     near = ops.normal(torch.tensor([[5, 2**33 - 1]]), 12)
     assert torch.equal(far[0], near[0, 4:])
