@@ -1,8 +1,8 @@
 """The ops on the CPU beside the code that they replace: `pytest benchmarks/`.
 
 64 images of 3 x 256 x 256 in float32, one thread: channels-last here, contiguous for the peers, as their users have
-them (PyTorch's randn is several times slower on channels-last tensors, and torch.compile's own than that). Peers keep the noise of a training step for the
-loss; here it is made again from its keys.
+them (PyTorch's randn is several times slower on channels-last tensors, and the one of torch.compile slower still).
+Peers keep the noise of a training step for the loss; here it is made again from its keys.
 """
 
 import pytest
