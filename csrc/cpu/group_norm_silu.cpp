@@ -57,42 +57,26 @@ void normalise(const Strips& strips, const Tile& tile, const T* x, const float* 
 }
 
 #ifdef __AVX512F__
-// Calls f(first word, mask) for the words of a row in sixteens.
-template <class F>
-void for_words(int64_t words, const F& f) {
-  for (int64_t w = 0; w < words; w += 16) {
-    f(w, static_cast<__mmask16>(w + 16 <= words ? 0xFFFF : (1 << (words - w)) - 1));
-  }
-}
-
 template <>
 void normalise<true, Bf16>(const Strips& strips, const Tile& tile, const Bf16* x, const float* means,
     const float* factors, const float* offsets, Bf16* y) {
   const int64_t lanes = strips.lanes, half = strips.half;
-  // Column by column, so that the table stays in registers; of a few rows at a time, so that memory is read in order.
-  const auto columns_of = [=](const Bf16* from, Bf16* to, int64_t rows, int64_t width) {
-    for_words(width / 2, [=](int64_t w, __mmask16 mask) {
-      const auto at = [=](const float* table, int64_t lane) { return _mm512_maskz_loadu_ps(mask, table + lane); };
-      const __m512 mean0 = at(means, w), factor0 = at(factors, w), offset0 = at(offsets, w);
-      const __m512 mean1 = at(means, w + half), factor1 = at(factors, w + half), offset1 = at(offsets, w + half);
-      for (int64_t r = 0; r < rows; ++r) {
-        const __m512i words = _mm512_maskz_loadu_epi32(mask, from + r * lanes + 2 * w);
-        const __m512 first = _mm512_fmadd_ps(_mm512_sub_ps(firsts(words), mean0), factor0, offset0);
-        const __m512 second = _mm512_fmadd_ps(_mm512_sub_ps(seconds(words), mean1), factor1, offset1);
-        _mm512_mask_storeu_epi32(to + r * lanes + 2 * w, mask, words_of(silu_of_minus(first), silu_of_minus(second)));
-      }
-    });
-  };
-  constexpr int64_t few = 8;
-  for (int64_t r = 0; r < tile.rows; r += few) {
-    columns_of(x + r * lanes, y + r * lanes, std::min(few, tile.rows - r), lanes);
-  }
-  if (!tile.left) return;
-  columns_of(x + tile.rows * lanes, y + tile.rows * lanes, 1, tile.left);
+  for_columns(lanes, tile.rows, tile.left, [=](const Column16& column) {
+    const int64_t w = column.w;
+    const __m512 mean0 = column.row_of(means, w), mean1 = column.row_of(means, w + half);
+    const __m512 factor0 = column.row_of(factors, w), factor1 = column.row_of(factors, w + half);
+    const __m512 offset0 = column.row_of(offsets, w), offset1 = column.row_of(offsets, w + half);
+    for (int64_t r = 0, at = column.at; r < column.rows; ++r, at += lanes) {
+      const __m512i words = column.words(x, at);
+      const __m512 first = _mm512_fmadd_ps(_mm512_sub_ps(firsts(words), mean0), factor0, offset0);
+      const __m512 second = _mm512_fmadd_ps(_mm512_sub_ps(seconds(words), mean1), factor1, offset1);
+      column.set_words(y, at, words_of(silu_of_minus(first), silu_of_minus(second)));
+    }
+  });
   if (tile.left % 2) {
     const int64_t last = tile.rows * lanes + tile.left - 1, w = tile.left / 2;
-    const __m512 value = _mm512_set1_ps(fused(from_bf16(x[last].bits) - means[w], factors[w], offsets[w]));
-    y[last].bits = to_bf16(_mm512_cvtss_f32(silu_of_minus(value)));
+    const float z = fused(from_bf16(x[last].bits) - means[w], factors[w], offsets[w]);
+    y[last].bits = to_bf16(_mm512_cvtss_f32(silu_of_minus(_mm512_set1_ps(z))));
   }
 }
 #endif

@@ -4,6 +4,7 @@
 #include "cpu/group_norm.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/silu_avx512.h"
 
 namespace ddpm_fast::cpu {
 namespace {
@@ -59,6 +60,112 @@ void set_grad_x(const Strips& strips, const Tile& tile, const T* grad, const T* 
     }
   });
 }
+
+#ifdef __AVX512F__
+// The gradient before the silu, and the deviation it belongs to.
+struct Before {
+  __m512 g, deviation;
+};
+inline Before before_silu(__m512 grad, __m512 x, __m512 mean, __m512 minus_factor, __m512 minus_offset) {
+  const __m512 deviation = _mm512_sub_ps(x, mean);
+  const __m512 minus_z = _mm512_fmadd_ps(deviation, minus_factor, minus_offset);
+  return {_mm512_mul_ps(grad, silu_slope_of_minus(minus_z)), deviation};
+}
+
+template <bool keep>
+void add_sums_16(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x, const float* const* lane,
+    float* kept, float* sums, float* products) {
+  const int64_t lanes = strips.lanes, half = strips.half;
+  for_columns(lanes, tile.rows, tile.left, [=](const Column16& column) {
+    for (int64_t second = 0; second < 2; ++second) {
+      const int64_t w = column.w + second * half;
+      const __m512 mean_w = column.row_of(lane[mean], w);
+      const __m512 factor_w = column.row_of(lane[factor], w), offset_w = column.row_of(lane[offset], w);
+      __m512 sum = column.row_of(sums, w), product = column.row_of(products, w);
+      for (int64_t r = 0, at = column.at; r < column.rows; ++r, at += lanes) {
+        const __m512i grads = column.words(grad, at), values = column.words(x, at);
+        const Before b = before_silu(second ? seconds(grads) : firsts(grads), second ? seconds(values) : firsts(values),
+            mean_w, factor_w, offset_w);
+        if (keep) _mm512_mask_storeu_ps(kept + at + w, column.mask, b.g);
+        sum = _mm512_add_ps(sum, b.g);
+        product = _mm512_fmadd_ps(b.g, b.deviation, product);
+      }
+      _mm512_mask_storeu_ps(sums + w, column.mask, sum);
+      _mm512_mask_storeu_ps(products + w, column.mask, product);
+    }
+  });
+  if (tile.left % 2) {
+    const int64_t at = tile.rows * lanes, w = tile.left / 2;
+    const float d = from_bf16(x[at + tile.left - 1].bits) - lane[mean][w];
+    const float g = before_silu(from_bf16(grad[at + tile.left - 1].bits), d, lane[factor][w], lane[offset][w]);
+    if (keep) kept[at + w] = g;
+    sums[w] += g;
+    products[w] += g * d;
+  }
+}
+
+template <bool kept_before>
+void set_grad_x_16(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x, const float* const* lane,
+    const float* kept, Bf16* grad_x) {
+  const int64_t lanes = strips.lanes, half = strips.half;
+  for_columns(lanes, tile.rows, tile.left, [=](const Column16& column) {
+    struct Table {
+      __m512 mean, factor, offset, of_grad, of_deviation, constant;
+    };
+    const auto table_of = [&](int64_t w) {
+      return Table{column.row_of(lane[mean], w), column.row_of(lane[factor], w), column.row_of(lane[offset], w),
+          column.row_of(lane[of_grad], w), column.row_of(lane[of_deviation], w), column.row_of(lane[constant], w)};
+    };
+    const Table first = table_of(column.w), second = table_of(column.w + half);
+    const auto gradient = [=](const Table& t, __m512 grad_y, __m512 v, const float* of_row) {
+      Before b;
+      if (kept_before) {
+        b = {_mm512_maskz_loadu_ps(column.mask, of_row), _mm512_sub_ps(v, t.mean)};
+      } else {
+        b = before_silu(grad_y, v, t.mean, t.factor, t.offset);
+      }
+      return _mm512_fmadd_ps(b.g, t.of_grad, _mm512_fmadd_ps(b.deviation, t.of_deviation, t.constant));
+    };
+    for (int64_t r = 0, at = column.at; r < column.rows; ++r, at += lanes) {
+      const __m512i values = column.words(x, at);
+      const __m512i grads = kept_before ? values : column.words(grad, at);  // not needed where g was kept
+      const float* of_row = kept_before ? kept + at + column.w : nullptr;
+      const __m512 a = gradient(first, firsts(grads), firsts(values), of_row);
+      const __m512 b = gradient(second, seconds(grads), seconds(values), kept_before ? of_row + half : nullptr);
+      column.set_words(grad_x, at, words_of(a, b));
+    }
+  });
+  if (tile.left % 2) {
+    const int64_t at = tile.rows * lanes, w = tile.left / 2, last = at + tile.left - 1;
+    const float d = from_bf16(x[last].bits) - lane[mean][w];
+    const float g =
+        kept_before ? kept[at + w] : before_silu(from_bf16(grad[last].bits), d, lane[factor][w], lane[offset][w]);
+    const float rest = fused(d, lane[of_deviation][w], lane[constant][w]);
+    grad_x[last].bits = to_bf16(fused(g, lane[of_grad][w], rest));
+  }
+}
+
+template <>
+void add_sums<Gradient::kept, Bf16>(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x,
+    const float* const* lane, float* kept, float* sums, float* products) {
+  add_sums_16<true>(strips, tile, grad, x, lane, kept, sums, products);
+}
+template <>
+void add_sums<Gradient::again, Bf16>(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x,
+    const float* const* lane, float* kept, float* sums, float* products) {
+  add_sums_16<false>(strips, tile, grad, x, lane, kept, sums, products);
+}
+template <>
+void set_grad_x<Gradient::kept, Bf16>(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x,
+    const float* const* lane, const float* kept, Bf16* grad_x) {
+  set_grad_x_16<true>(strips, tile, grad, x, lane, kept, grad_x);
+}
+template <>
+void set_grad_x<Gradient::again, Bf16>(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x,
+    const float* const* lane, const float* kept, Bf16* grad_x) {
+  set_grad_x_16<false>(strips, tile, grad, x, lane, kept, grad_x);
+}
+#endif
 
 template <class T>
 void run_as(const GroupNormSiluBackward& b) {
