@@ -57,10 +57,13 @@ void normalise(const Strips& strips, const Tile& tile, const T* x, const float* 
 }
 
 #ifdef __AVX512F__
-template <>
-void normalise<true, Bf16>(const Strips& strips, const Tile& tile, const Bf16* x, const float* means,
-    const float* factors, const float* offsets, Bf16* y) {
+template <bool silu>
+void normalise_16(const Strips& strips, const Tile& tile, const Bf16* x, const float* means, const float* factors,
+    const float* offsets, Bf16* y) {
   const int64_t lanes = strips.lanes, half = strips.half;
+  const auto value_of = [](__m512 minus_z) {
+    return silu ? silu_of_minus(minus_z) : _mm512_xor_ps(minus_z, _mm512_set1_ps(-0.0f));
+  };
   for_columns(lanes, tile.rows, tile.left, [=](const Column16& column) {
     const int64_t w = column.w;
     const __m512 mean0 = column.row_of(means, w), mean1 = column.row_of(means, w + half);
@@ -70,14 +73,25 @@ void normalise<true, Bf16>(const Strips& strips, const Tile& tile, const Bf16* x
       const __m512i words = column.words(x, at);
       const __m512 first = _mm512_fmadd_ps(_mm512_sub_ps(firsts(words), mean0), factor0, offset0);
       const __m512 second = _mm512_fmadd_ps(_mm512_sub_ps(seconds(words), mean1), factor1, offset1);
-      column.set_words(y, at, words_of(silu_of_minus(first), silu_of_minus(second)));
+      column.set_words(y, at, words_of(value_of(first), value_of(second)));
     }
   });
   if (tile.left % 2) {
     const int64_t last = tile.rows * lanes + tile.left - 1, w = tile.left / 2;
-    const float z = fused(from_bf16(x[last].bits) - means[w], factors[w], offsets[w]);
-    y[last].bits = to_bf16(_mm512_cvtss_f32(silu_of_minus(_mm512_set1_ps(z))));
+    const float minus_z = fused(from_bf16(x[last].bits) - means[w], factors[w], offsets[w]);
+    y[last].bits = to_bf16(_mm512_cvtss_f32(value_of(_mm512_set1_ps(minus_z))));
   }
+}
+
+template <>
+void normalise<true, Bf16>(const Strips& strips, const Tile& tile, const Bf16* x, const float* means,
+    const float* factors, const float* offsets, Bf16* y) {
+  normalise_16<true>(strips, tile, x, means, factors, offsets, y);
+}
+template <>
+void normalise<false, Bf16>(const Strips& strips, const Tile& tile, const Bf16* x, const float* means,
+    const float* factors, const float* offsets, Bf16* y) {
+  normalise_16<false>(strips, tile, x, means, factors, offsets, y);
 }
 #endif
 

@@ -66,6 +66,7 @@ struct Column16 {
   __mmask16 mask;
 
   __m512 row_of(const float* table, int64_t lane) const { return _mm512_maskz_loadu_ps(mask, table + lane); }
+  void set_row(float* table, int64_t lane, __m512 values) const { _mm512_mask_storeu_ps(table + lane, mask, values); }
   __m512i words(const void* tile, int64_t offset) const {
     return _mm512_maskz_loadu_epi32(mask, static_cast<const uint16_t*>(tile) + offset + 2 * w);
   }
