@@ -5,7 +5,7 @@ Triton, where there is no CUDA module) add kernels for their device: PyTorch's d
 `ddpm_fast_triton::op` is Triton's alone, for those who ask for it. Both share their fake kernel and their gradient.
 """
 
-__all__ = ["BACKENDS", "OPS", "Op", "availability", "backend", "define"]
+__all__ = ["BACKENDS", "OPS", "Op", "availability", "backend", "define", "has_triton"]
 
 import os
 import warnings
@@ -61,10 +61,16 @@ def availability(name: str) -> tuple[bool, str]:
         if module.available and name == "cuda" and not torch.cuda.is_available():
             return False, "built and loaded, but PyTorch finds no NVIDIA GPU"
         return module.available, module.reason
-    if util.find_spec("triton") is None:
+    if not has_triton():
         return False, "Triton is not installed"
     device = _triton_device()
     return (device is not None, "" if device else "Triton finds no GPU")
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed. It is imported when an op first needs it, and not before."""
+    found = util.find_spec("triton")
+    return found is not None and found.origin is not None  # any folder of that name has a spec
 
 
 def _triton_device() -> str | None:
@@ -161,7 +167,7 @@ def define(
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"ddpm_fast::{name}", "CUDA")
-    if not has_cuda and util.find_spec("triton") is not None:
+    if not has_cuda and has_triton():
         torch.library.impl(f"ddpm_fast::{name}", "cuda", triton)
     automatic, triton_s = (
         getattr(getattr(torch.ops, space), name).default for space in ("ddpm_fast", "ddpm_fast_triton")

@@ -1,7 +1,6 @@
 """Who runs an op in a test: a backend on its device, or in a simulator where that device is absent."""
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from ptxsim import toolchain
 
 from ddpm_fast.ops import native
-from ddpm_fast.ops.backends import OPS
+from ddpm_fast.ops.backends import OPS, has_triton
 
 GPU = torch.cuda.is_available()
 SIMULATED = (80, 90, 100)
@@ -64,7 +63,7 @@ def runners() -> list[Any]:
 
     add("reference", lambda: lambda op, arguments: OPS[op].kernel(*arguments))
     add("cpu", lambda: on_device("ddpm_fast", "cpu"), native.modules["cpu"].reason)
-    no_triton = "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    no_triton = "" if has_triton() else "Triton is not installed"
     if GPU:
         add("triton", lambda: on_device("ddpm_fast_triton", "cuda"), no_triton)
         add("cuda", lambda: on_device("ddpm_fast", "cuda"), native.modules["cuda"].reason)

@@ -42,7 +42,7 @@ class Library:
             command += ["-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=default", "-Xlinker", "-Bsymbolic"]
             partial = self.path.with_suffix(f".{os.getpid()}")
             shim = Path(cuda_host.__file__).with_name("host_shim.c")
-            toolchain.run_tool([*command, "-o", str(partial), str(ROOT / "tests/cuda/entry.cu"), str(shim)])
+            toolchain.run_tool([*command, "-o", str(partial), str(ROOT / "tests/cuda_kernels/entry.cu"), str(shim)])
             partial.rename(self.path)
         self.functions = ctypes.CDLL(str(self.path))
 
@@ -58,7 +58,7 @@ class Library:
 def library() -> Library:
     """The project's own, kept from run to run until a source or the compiler changes."""
     digest = hashlib.sha256(toolchain.run_tool([toolchain.find_tool("nvcc"), "--version"]).encode())
-    sources = [*(ROOT / "csrc/common").iterdir(), *(ROOT / "csrc/cuda").iterdir(), ROOT / "tests/cuda/entry.cu"]
+    sources = [*(ROOT / "csrc/common").iterdir(), *(ROOT / "csrc/cuda").iterdir(), ROOT / "tests/cuda_kernels/entry.cu"]
     for path in (*sorted(sources), Path(__file__)):
         digest.update(path.name.encode() + path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"ddpm_fast-tests-{os.getuid()}" / digest.hexdigest()[:16]

@@ -496,7 +496,9 @@ def test_a_reverse_step_and_its_noise_take_at_most_sixty_instructions_an_element
     """Of SASS, all included: addresses, tables, Philox, Box-Muller, conversions and the failing assertion."""
     rows = {}
     for arch in ARCHITECTURES:
-        for report in static.from_cuda(ROOT / "tests/cuda/plain_step.cu", f"sm_{arch}", simulated_cuda.options()):
+        for report in static.from_cuda(
+            ROOT / "tests/cuda_kernels/plain_step.cu", f"sm_{arch}", simulated_cuda.options()
+        ):
             rows.setdefault(short(report.name), {})[f"sm_{arch}"] = measure(report, 8)
     assert len(rows) == 3
     assert max(row["per_element"] for by_arch in rows.values() for row in by_arch.values()) <= 60

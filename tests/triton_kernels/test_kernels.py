@@ -18,13 +18,11 @@ from budgets import measure, settle
 pytest.importorskip("triton")
 
 import ptxsim
+from compiled import simulated
 from ptxsim import inductor, toolchain
 
 from ddpm_fast import ops
 from ddpm_fast.ops import reference
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compiled import simulated
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 ARCHITECTURES = (80, 90, 100)
