@@ -45,17 +45,6 @@ void set_moments(const Strips& strips, const Tile& tile, const T* x, float* mome
 // y = silu((x - mean) factor + offset); the table holds -factor and -offset, which spares a sign.
 enum Column { mean, factor, offset, columns };
 
-template <bool silu, class T>
-void normalise(const Strips& strips, const Tile& tile, const T* x, const float* means, const float* factors,
-    const float* offsets, T* y) {
-  const auto value = [=](int64_t w, float v) {
-    const float z = fused(v - means[w], factors[w], offsets[w]);  // -z
-    return silu ? z / (-1.0f - exponential(z)) : -z;
-  };
-  strips.for_rows(
-      tile, [=, half = strips.half](int64_t at, int64_t width) { map(width, half, y + at, value, x + at); });
-}
-
 #ifdef __AVX512F__
 template <bool silu>
 void normalise_16(const Strips& strips, const Tile& tile, const Bf16* x, const float* means, const float* factors,
@@ -82,18 +71,23 @@ void normalise_16(const Strips& strips, const Tile& tile, const Bf16* x, const f
     y[last].bits = to_bf16(_mm512_cvtss_f32(value_of(_mm512_set1_ps(minus_z))));
   }
 }
-
-template <>
-void normalise<true, Bf16>(const Strips& strips, const Tile& tile, const Bf16* x, const float* means,
-    const float* factors, const float* offsets, Bf16* y) {
-  normalise_16<true>(strips, tile, x, means, factors, offsets, y);
-}
-template <>
-void normalise<false, Bf16>(const Strips& strips, const Tile& tile, const Bf16* x, const float* means,
-    const float* factors, const float* offsets, Bf16* y) {
-  normalise_16<false>(strips, tile, x, means, factors, offsets, y);
-}
 #endif
+
+template <bool silu, class T>
+void normalise(const Strips& strips, const Tile& tile, const T* x, const float* means, const float* factors,
+    const float* offsets, T* y) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, Bf16>) {
+    return normalise_16<silu>(strips, tile, x, means, factors, offsets, y);
+  }
+#endif
+  const auto value = [=](int64_t w, float v) {
+    const float z = fused(v - means[w], factors[w], offsets[w]);  // -z
+    return silu ? z / (-1.0f - exponential(z)) : -z;
+  };
+  strips.for_rows(
+      tile, [=, half = strips.half](int64_t at, int64_t width) { map(width, half, y + at, value, x + at); });
+}
 
 template <class T>
 void run_as(const GroupNormSilu& g) {

@@ -23,44 +23,6 @@ inline float before_silu(float grad, float deviation, float minus_factor, float 
   return grad * (sigmoid * fused(-z, e * sigmoid, 1.0f));
 }
 
-template <Gradient from, class T>
-void add_sums(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane, float* kept,
-    float* sums, float* products) {
-  const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
-  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
-    const auto add = [=](int64_t w, float grad_y, float v) {
-      const float d = v - means[w];
-      const float g = from == Gradient::no_silu ? grad_y : before_silu(grad_y, d, factors[w], offsets[w]);
-      if constexpr (from == Gradient::kept) kept[at + w] = g;
-      sums[w] += g;
-      products[w] += g * d;
-    };
-    visit(width, half, add, grad + at, x + at);
-  });
-}
-
-template <Gradient from, class T>
-void set_grad_x(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane,
-    const float* kept, T* grad_x) {
-  const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
-  const float *of_grads = lane[of_grad], *of_deviations = lane[of_deviation], *constants = lane[constant];
-  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
-    const auto gradient = [=](int64_t w, float g, float d) {
-      return fused(g, of_grads[w], fused(d, of_deviations[w], constants[w]));
-    };
-    if constexpr (from == Gradient::kept) {
-      const auto from_kept = [=](int64_t w, float v) { return gradient(w, kept[at + w], v - means[w]); };
-      map(width, half, grad_x + at, from_kept, x + at);
-    } else {
-      const auto from_both = [=](int64_t w, float grad_y, float v) {
-        const float d = v - means[w];
-        return gradient(w, from == Gradient::no_silu ? grad_y : before_silu(grad_y, d, factors[w], offsets[w]), d);
-      };
-      map(width, half, grad_x + at, from_both, grad + at, x + at);
-    }
-  });
-}
-
 #ifdef __AVX512F__
 // The gradient before the silu, and the deviation it belongs to.
 struct Before {
@@ -86,12 +48,12 @@ void add_sums_16(const Strips& strips, const Tile& tile, const Bf16* grad, const
         const __m512i grads = column.words(grad, at), values = column.words(x, at);
         const Before b = before_silu(second ? seconds(grads) : firsts(grads), second ? seconds(values) : firsts(values),
             mean_w, factor_w, offset_w);
-        if (keep) _mm512_mask_storeu_ps(kept + at + w, column.mask, b.g);
+        if (keep) column.set_row(kept + at, w, b.g);
         sum = _mm512_add_ps(sum, b.g);
         product = _mm512_fmadd_ps(b.g, b.deviation, product);
       }
-      _mm512_mask_storeu_ps(sums + w, column.mask, sum);
-      _mm512_mask_storeu_ps(products + w, column.mask, product);
+      column.set_row(sums, w, sum);
+      column.set_row(products, w, product);
     }
   });
   if (tile.left % 2) {
@@ -120,7 +82,7 @@ void set_grad_x_16(const Strips& strips, const Tile& tile, const Bf16* grad, con
     const auto gradient = [=](const Table& t, __m512 grad_y, __m512 v, const float* of_row) {
       Before b;
       if (kept_before) {
-        b = {_mm512_maskz_loadu_ps(column.mask, of_row), _mm512_sub_ps(v, t.mean)};
+        b = {column.row_of(of_row, 0), _mm512_sub_ps(v, t.mean)};
       } else {
         b = before_silu(grad_y, v, t.mean, t.factor, t.offset);
       }
@@ -144,28 +106,55 @@ void set_grad_x_16(const Strips& strips, const Tile& tile, const Bf16* grad, con
     grad_x[last].bits = to_bf16(fused(g, lane[of_grad][w], rest));
   }
 }
-
-template <>
-void add_sums<Gradient::kept, Bf16>(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x,
-    const float* const* lane, float* kept, float* sums, float* products) {
-  add_sums_16<true>(strips, tile, grad, x, lane, kept, sums, products);
-}
-template <>
-void add_sums<Gradient::again, Bf16>(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x,
-    const float* const* lane, float* kept, float* sums, float* products) {
-  add_sums_16<false>(strips, tile, grad, x, lane, kept, sums, products);
-}
-template <>
-void set_grad_x<Gradient::kept, Bf16>(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x,
-    const float* const* lane, const float* kept, Bf16* grad_x) {
-  set_grad_x_16<true>(strips, tile, grad, x, lane, kept, grad_x);
-}
-template <>
-void set_grad_x<Gradient::again, Bf16>(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x,
-    const float* const* lane, const float* kept, Bf16* grad_x) {
-  set_grad_x_16<false>(strips, tile, grad, x, lane, kept, grad_x);
-}
 #endif
+
+template <Gradient from, class T>
+void add_sums(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane, float* kept,
+    float* sums, float* products) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, Bf16> && from != Gradient::no_silu) {
+    return add_sums_16<from == Gradient::kept>(strips, tile, grad, x, lane, kept, sums, products);
+  }
+#endif
+  const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
+  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
+    const auto add = [=](int64_t w, float grad_y, float v) {
+      const float d = v - means[w];
+      const float g = from == Gradient::no_silu ? grad_y : before_silu(grad_y, d, factors[w], offsets[w]);
+      if constexpr (from == Gradient::kept) kept[at + w] = g;
+      sums[w] += g;
+      products[w] += g * d;
+    };
+    visit(width, half, add, grad + at, x + at);
+  });
+}
+
+template <Gradient from, class T>
+void set_grad_x(const Strips& strips, const Tile& tile, const T* grad, const T* x, const float* const* lane,
+    const float* kept, T* grad_x) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, Bf16> && from != Gradient::no_silu) {
+    return set_grad_x_16<from == Gradient::kept>(strips, tile, grad, x, lane, kept, grad_x);
+  }
+#endif
+  const float *means = lane[mean], *factors = lane[factor], *offsets = lane[offset];
+  const float *of_grads = lane[of_grad], *of_deviations = lane[of_deviation], *constants = lane[constant];
+  strips.for_rows(tile, [=, half = strips.half](int64_t at, int64_t width) {
+    const auto gradient = [=](int64_t w, float g, float d) {
+      return fused(g, of_grads[w], fused(d, of_deviations[w], constants[w]));
+    };
+    if constexpr (from == Gradient::kept) {
+      const auto from_kept = [=](int64_t w, float v) { return gradient(w, kept[at + w], v - means[w]); };
+      map(width, half, grad_x + at, from_kept, x + at);
+    } else {
+      const auto from_both = [=](int64_t w, float grad_y, float v) {
+        const float d = v - means[w];
+        return gradient(w, from == Gradient::no_silu ? grad_y : before_silu(grad_y, d, factors[w], offsets[w]), d);
+      };
+      map(width, half, grad_x + at, from_both, grad + at, x + at);
+    }
+  });
+}
 
 template <class T>
 void run_as(const GroupNormSiluBackward& b) {
