@@ -233,14 +233,17 @@ class GaussianDiffusion(DiffusionProcess):
             t: (N,), int64, in [0, T).
             noise: eps, the shape of x_start; drawn as stream 0 of `seed` if None.
         """
-        checks.pixels("x_start", x_start)
-        checks.timesteps(t, len(x_start), self.num_timesteps)
+        self._check_start(x_start, t, noise)
         given = {"noise": noise}
         if noise is None:
             given = _noise(self._source(x_start, seed, sample_offset), 0, x_start.shape)
-        elif noise.shape != x_start.shape:
-            raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
         return ops.q_sample(x_start, t, self.q_sample_rows, **given)
+
+    def _check_start(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> None:
+        checks.pixels("x_start", x_start)
+        checks.timesteps(t, len(x_start), self.num_timesteps)
+        if noise is not None and noise.shape != x_start.shape:
+            raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
 
     def _source(self, like: Tensor, seed: int | torch.Generator | None, sample_offset: int) -> noises.Source:
         dtype = like.dtype if like.is_floating_point() else torch.float32
@@ -268,10 +271,7 @@ class GaussianDiffusion(DiffusionProcess):
         """
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be mean or none, got {loss_reduction!r}")
-        checks.pixels("x_start", x_start)
-        checks.timesteps(t, len(x_start), self.num_timesteps)
-        if noise is not None and noise.shape != x_start.shape:
-            raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
+        self._check_start(x_start, t, noise)
         source = self._source(x_start, seed, sample_offset)
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
         if noise is None and (strength or self.immiscible):
@@ -326,7 +326,7 @@ class GaussianDiffusion(DiffusionProcess):
         """
         checks.images(img, (self.channels, *self.image_size), unit_range=self.auto_normalize)
         times = self.random_times(len(img)) if times is None else times
-        memory_format = noises.channels_last_format(img.ndim)
+        memory_format = ops.channels_last_format(img.ndim)
         if memory_format is not None:
             img = img.contiguous(memory_format=memory_format)
         if img.dtype != torch.uint8 or self.betas.dtype != torch.float32 or self.immiscible:

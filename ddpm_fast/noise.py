@@ -22,7 +22,6 @@ __all__ = [
     "OFFSET",
     "SECOND_IMAGE",
     "Source",
-    "channels_last_format",
     "derive_seed",
     "draw_seed",
     "fold_in",
@@ -32,7 +31,6 @@ __all__ = [
     "sample_keys",
 ]
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +38,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import whole
+from .ops import reference
 
 # Streams of other uses than the steps of a sampling run, which are fewer.
 OFFSET = 1 << 32  # offset noise in training
@@ -130,13 +129,8 @@ def gaussian(
     shape = tuple(shape)
     if not shape or any(size < 0 for size in shape):
         raise ValueError(f"shape must be (N, ...) with sizes of at least 0, got {shape}")
-    n, *rest = shape
-    keys = sample_keys(n, seed=seed, streams=stream, sample_offset=sample_offset, device=device)
-    eps = normal(keys, math.prod(rest)).to(dtype)  # (N, C * H * W)
-    if channels_last_format(len(shape)) is None:
-        return eps.reshape(shape)
-    channels, *axes = rest
-    return eps.reshape(n, *axes, channels).movedim(-1, 1)  # (N, C, H, W) over (N, H, W, C)
+    keys = sample_keys(shape[0], seed=seed, streams=stream, sample_offset=sample_offset, device=device)
+    return reference.noise_of(keys, shape).to(dtype)
 
 
 class Source:
@@ -187,11 +181,6 @@ class Source:
         return sample_keys(
             samples, seed=self._number(), streams=streams, sample_offset=self.sample_offset, device=self.device
         )
-
-
-def channels_last_format(ndim: int) -> torch.memory_format | None:
-    """PyTorch's channels-last format for so many axes; None where it has none."""
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

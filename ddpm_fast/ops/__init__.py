@@ -5,6 +5,7 @@ __all__ = [
     "LOSS_TYPES",
     "ReverseStep",
     "backend",
+    "channels_last_format",
     "fold_in",
     "group_norm_silu",
     "normal",
@@ -18,7 +19,7 @@ from .backends import BACKENDS, backend
 from .group_norm_silu import group_norm_silu
 from .q_sample import q_sample
 from .random import fold_in, normal
-from .reference import LOSS_TYPES
+from .reference import LOSS_TYPES, channels_last_format
 from .reverse_step import ReverseStep, reverse_step
 from .vlb_terms import vlb_terms
 from .weighted_loss import weighted_loss

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module, util
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ def availability(name: str) -> tuple[bool, str]:
     return (device is not None, "" if device else "Triton finds no GPU")
 
 
+@cache
 def has_triton() -> bool:
     """Whether Triton is installed. It is imported when an op first needs it, and not before."""
     found = util.find_spec("triton")
@@ -169,8 +171,6 @@ def define(
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"ddpm_fast::{name}", "CUDA")
     if not has_cuda and has_triton():
         torch.library.impl(f"ddpm_fast::{name}", "cuda", triton)
-    automatic, triton_s = (
-        getattr(getattr(torch.ops, space), name).default for space in ("ddpm_fast", "ddpm_fast_triton")
-    )
-    OPS[name] = Op(name, kernel, reference, automatic, triton_s)
+    automatic, by_triton = (getattr(space, name).default for space in (torch.ops.ddpm_fast, torch.ops.ddpm_fast_triton))
+    OPS[name] = Op(name, kernel, reference, automatic, by_triton)
     return OPS[name]

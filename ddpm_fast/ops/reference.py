@@ -7,6 +7,7 @@ takes, in the same order; what the arguments are is said there.
 
 __all__ = [
     "LOSS_TYPES",
+    "channels_last_format",
     "fold_in",
     "group_norm_silu",
     "group_norm_silu_backward",
@@ -334,8 +335,10 @@ def _affine(x_hat: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, s
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of an op's result: channels-last where x is."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format
+    layout = channels_last_format(x.ndim)
+    return layout if layout is not None and x.is_contiguous(memory_format=layout) else torch.contiguous_format
+
+
+def channels_last_format(ndim: int) -> torch.memory_format | None:
+    """PyTorch's channels-last format for so many axes; None where it has none."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim)
