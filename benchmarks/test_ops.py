@@ -33,10 +33,6 @@ def pred():
     return image(1)
 
 
-def contiguous(*tensors):
-    return (tensor.contiguous() for tensor in tensors)
-
-
 class Network(torch.nn.Module):
     """Stands for the model: gives what it was given."""
 
@@ -72,7 +68,7 @@ def test_reverse_step(compare, x, pred):
     rows = samplers.ancestral(SCHEDULE, "pred_noise").rows.float()
     step = torch.tensor(len(SCHEDULE) - 1 - T)
     keys, eps = noise.sample_keys(N, seed=0), image(2)
-    x_nchw, pred_nchw = contiguous(x, pred)
+    x_nchw, pred_nchw = x.contiguous(), pred.contiguous()
     peer, scheduler = lucidrains(pred_nchw), diffusers_scheduler()
 
     u, w, A, B, _, sigma = rows[step].tolist()
@@ -103,7 +99,7 @@ def test_q_sample(compare, x, pred):
     rows = torch.stack([a, s], dim=1).float()
     t = torch.arange(N) * 15
     keys, eps = noise.sample_keys(N, seed=0), image(2)
-    (x_nchw,) = contiguous(x)
+    x_nchw = x.contiguous()
     peer, scheduler = lucidrains(pred), diffusers_scheduler()
 
     def plain(x, eps):
@@ -126,9 +122,8 @@ def test_weighted_loss(compare, x, pred):
     rows = torch.stack([torch.zeros(1000), torch.ones(1000), torch.rand(1000)], dim=1)
     t = torch.arange(N) * 15
     keys, eps = noise.sample_keys(N, seed=0), image(2)
+    pred_nchw, eps_nchw = pred.contiguous().requires_grad_(), eps.contiguous()
     pred = pred.clone().requires_grad_()
-    pred_nchw, eps_nchw = (tensor.detach().requires_grad_() for tensor in contiguous(pred, eps))
-    eps_nchw.requires_grad_(False)
 
     def backward(loss, pred=pred):
         return torch.autograd.grad(loss, pred)
@@ -169,7 +164,7 @@ def test_group_norm_silu(compare, shape, backward):
 
     def run(function):
         if not backward:
-            return lambda: function()
+            return function
         return lambda: torch.autograd.grad(function(), (x, weight, bias), grad)
 
     contenders = {
