@@ -38,10 +38,10 @@ def table(title: str, times: dict, ours: str, copy: str, copied_bytes: int, move
         copy: the contender that copies a tensor; copied_bytes: what it reads and writes.
         moved: least bytes that a contender reads and writes.
     """
-    lines = ["", title, f"{'':<44}{'ms':>9}{'quartiles':>18}{'x ours':>8}{'of copy':>9}"]
+    lines = ["", title, f"{'':<46}{'ms':>9}{'quartiles':>18}{'x ours':>8}{'of copy':>9}"]
     bandwidth = copied_bytes / times[copy][1]
     for name, (low, median, high) in times.items():
         share = f"{moved[name] / median / bandwidth:>8.0%}" if name in moved else ""
         spread = f"{low * 1e3:.2f} to {high * 1e3:.2f}"
-        lines.append(f"{name:<44}{median * 1e3:>9.2f}{spread:>18}{median / times[ours][1]:>8.2f}{share:>9}")
+        lines.append(f"{name:<46}{median * 1e3:>9.2f}{spread:>18}{median / times[ours][1]:>8.2f}{share:>9}")
     return "\n".join(lines)

@@ -64,7 +64,7 @@ struct WeightedLoss {
 };
 
 // x_start_out = clip(u x + w pred); x_next = A x + B x_start_out + C x_start_prev + sigma noise,
-// with (u, w, A, B, C, sigma[, log lower, log upper]) = rows[step]
+// with (u, w, A, B, C, sigma[, log lower, log upper]) = rows[step]. x_next may be x, and x_start_out x_start_prev.
 struct ReverseStep {
   const void* x;             // x_type
   const void* pred;          // pred_type

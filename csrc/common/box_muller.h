@@ -46,50 +46,46 @@ DDPM_FAST_HOST_DEVICE float float_of(int32_t bits) {
 }
 
 DDPM_FAST_HOST_DEVICE float uniform(uint32_t word) {
-  return static_cast<float>(word) * 0x1p-32f + 0x1p-33f;  // the product is exact
+  return fused(static_cast<float>(word), 0x1p-32f, 0x1p-33f);  // the product is exact
 }
 
-// ln u for normal u > 0, with the relative precision that u near 1 needs (minimax, 6e-9).
-DDPM_FAST_HOST_DEVICE float natural_log(float u) {
+// -2 ln u for normal u > 0, with the relative precision that u near 1 needs (minimax, 6e-9).
+DDPM_FAST_HOST_DEVICE float minus_two_ln(float u) {
   const int32_t shifted = bits_of(u) - 0x3F3504F3;  // of sqrt(1/2): u = m 2^e with m in [sqrt(1/2), sqrt(2))
   const float e = static_cast<float>(shifted >> 23);
   const float f = float_of((shifted & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
-  float p = -0.07634500414133072f;
-  p = fused(p, f, 0.1276157945394516f);
-  p = fused(p, f, -0.13160182535648346f);
-  p = fused(p, f, 0.14201757311820984f);
-  p = fused(p, f, -0.16623356938362122f);
-  p = fused(p, f, 0.20001226663589478f);
-  p = fused(p, f, -0.2500081956386566f);
-  p = fused(p, f, 0.3333333134651184f);
-  const float f2 = f * f;
-  return fused(e, 0.693147180559945f, fused(f2, fused(p, f, -0.5f), f));
+  float p = 0.15269000828266144f;
+  p = fused(p, f, -0.2552315890789032f);
+  p = fused(p, f, 0.26320365071296692f);
+  p = fused(p, f, -0.28403514623641968f);
+  p = fused(p, f, 0.33246713876724243f);
+  p = fused(p, f, -0.40002453327178955f);
+  p = fused(p, f, 0.5000163912773132f);
+  p = fused(p, f, -0.6666666269302368f);
+  p = fused(p, f, 1.0f);
+  return fused(e, -1.38629436111989f, f * fused(p, f, -2.0f));
 }
 
-// (cos, sin) of 2 pi v for v in [0, 1] (minimax on an eighth of a turn, 5e-9).
-DDPM_FAST_HOST_DEVICE Pair cos_sin_of_turns(float v) {
-  const float rounded = fused(v, 4.0f, 12582912.0f);  // 1.5 2^23: the quarter turns stand in the lowest bits
-  const int32_t quarter = bits_of(rounded);
-  const float r = fused(rounded - 12582912.0f, -0.25f, v);  // exact
+// A radius times the cosine and the sine of 2 pi v, for v in [0, 1]: of half a turn (minimax, 5e-8), whose sign the
+// radius takes.
+DDPM_FAST_HOST_DEVICE Pair turned(float radius, float v) {
+  const float rounded = fused(v, 2.0f, 12582912.0f);       // 1.5 2^23: the half turns stand in the lowest bit
+  const float r = fused(rounded - 12582912.0f, -0.5f, v);  // exact
+  const float signed_radius = float_of(bits_of(radius) ^ bits_of(rounded) << 31);
   const float r2 = r * r;
-  float s = fused(r2, 41.46989059448242f, -76.6977767944336f);
-  s = fused(s, r2, 81.6052017211914f);
-  s = fused(s, r2, -41.34170150756836f);
-  s = fused(s, r2, 6.2831854820251465f) * r;
-  float c = fused(r2, 59.24596405029297f, -85.44374084472656f);
-  c = fused(c, r2, 64.93932342529297f);
-  c = fused(c, r2, -19.739208221435547f);
+  float s = fused(r2, 39.53886795043945f, -76.55010986328125f);
+  s = fused(s, r2, 81.60102081298828f);
+  s = fused(s, r2, -41.34165573120117f);
+  s = fused(s, r2, 6.283185005187988f) * r;
+  float c = fused(r2, 56.34064865112305f, -85.2540054321289f);
+  c = fused(c, r2, 64.93521881103516f);
+  c = fused(c, r2, -19.739181518554688f);
   c = fused(c, r2, 1.0f);
-  const bool swapped = quarter & 1;
-  const float x = swapped ? s : c, y = swapped ? c : s;
-  // Quarters 1 and 2 have a negative cosine, 2 and 3 a negative sine.
-  return {float_of(bits_of(x) ^ ((quarter + 1) & 2) << 30), float_of(bits_of(y) ^ (quarter & 2) << 30)};
+  return {signed_radius * c, signed_radius * s};
 }
 
 DDPM_FAST_HOST_DEVICE Pair box_muller(uint32_t word0, uint32_t word1) {
-  const float radius = sqrtf(-2.0f * natural_log(uniform(word0)));
-  const Pair turn = cos_sin_of_turns(uniform(word1));
-  return {radius * turn.first, radius * turn.second};
+  return turned(sqrtf(minus_two_ln(uniform(word0))), uniform(word1));
 }
 
 }  // namespace ddpm_fast

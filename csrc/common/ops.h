@@ -19,6 +19,8 @@ inline const int64_t* integers_of(const Tensor& x) { return x.const_data_ptr<int
 inline const int64_t* integers_of(const MaybeTensor& x) { return x ? integers_of(*x) : nullptr; }
 inline const float* floats_of(const Tensor& x) { return x.const_data_ptr<float>(); }
 inline const float* floats_of(const MaybeTensor& x) { return x ? floats_of(*x) : nullptr; }
+inline void* target_of(const Tensor& x) { return x.mutable_data_ptr(); }
+inline void* target_of(const MaybeTensor& x) { return x ? x->mutable_data_ptr() : nullptr; }
 inline float* result_of(Tensor& x) { return x.mutable_data_ptr<float>(); }
 // Results that nobody asked for are empty tensors, and null to the kernel.
 inline void* data_if(bool wanted, Tensor& x) { return wanted ? x.mutable_data_ptr() : nullptr; }
@@ -106,9 +108,10 @@ struct Ops {
     return {loss, grad};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> reverse_step(const Tensor& x, const Tensor& pred, const MaybeTensor& noise,
-      const MaybeTensor& keys, const MaybeTensor& x_start_prev, const MaybeTensor& variance, const MaybeTensor& bounds,
-      const Tensor& step, const Tensor& rows, double low, double high, bool return_x_start, bool return_model_input) {
+  static void reverse_step(const Tensor& x, const Tensor& pred, const MaybeTensor& noise, const MaybeTensor& keys,
+      const MaybeTensor& x_start_prev, const MaybeTensor& variance, const MaybeTensor& bounds, const Tensor& step,
+      const Tensor& rows, double low, double high, const Tensor& x_next, const MaybeTensor& x_start,
+      const MaybeTensor& model_input) {
     const Inputs inputs("reverse_step", "x", x);
     const ScalarType type = x.scalar_type(), pred_type = pred.scalar_type();
     inputs.check_data("x", x, floats);
@@ -130,17 +133,15 @@ struct Ops {
     const int64_t key_steps = keys && keys->dim() > 0 && keys->size(0) == 1 ? 1 : rows.size(0);
     inputs.check_array("keys", keys, ScalarType::Long, {key_steps, inputs.samples(), 2});
     STD_TORCH_CHECK(!(noise && keys), "reverse_step: give either noise or keys");
+    inputs.check_data("x_next", x_next, {type});
+    inputs.check_data("x_start", x_start, {type});
+    inputs.check_data("model_input", model_input, {pred_type});
+    if (x.numel() == 0) return;
     const Guard guard(x);
-    Tensor x_next = inputs.like_first(type);
-    Tensor x_start = return_x_start ? inputs.like_first(type) : inputs.array(type, {0});
-    Tensor model_input = return_model_input ? inputs.like_first(pred_type) : inputs.array(pred_type, {0});
-    if (x_next.numel() == 0) return {x_next, x_start, model_input};
     Backend::run(ReverseStep{data_of(x), data_of(pred), data_of(noise), integers_of(keys), data_of(x_start_prev),
-        data_of(variance), floats_of(bounds), integers_of(step), floats_of(rows), x_next.mutable_data_ptr(),
-        data_if(return_x_start, x_start), data_if(return_model_input, model_input), inputs.shape(), rows.size(0),
-        rows.size(1), key_steps, static_cast<float>(low), static_cast<float>(high), shared, type_of(type),
-        type_of(pred_type)});
-    return {x_next, x_start, model_input};
+        data_of(variance), floats_of(bounds), integers_of(step), floats_of(rows), target_of(x_next), target_of(x_start),
+        target_of(model_input), inputs.shape(), rows.size(0), rows.size(1), key_steps, static_cast<float>(low),
+        static_cast<float>(high), shared, type_of(type), type_of(pred_type)});
   }
 
   static Tensor vlb_terms(const Tensor& x_start, const Tensor& x_t, const Tensor& pred, const MaybeTensor& variance,

@@ -13,8 +13,10 @@ struct Row {
   float u, w, A, B, C, sigma;
 };
 
-void set_means(const Row& row, float low, float high, const float* __restrict__ x, const float* __restrict__ pred,
-    int64_t size, float* __restrict__ x_start, float* __restrict__ x_next) {
+// x_next may be x.
+void set_means(const Row& row, float low, float high, const float* x, const float* pred, int64_t size, float* x_start,
+    float* x_next) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
     x_start[i] = clip(row.u * x[i] + row.w * pred[i], low, high);
     x_next[i] = row.A * x[i] + row.B * x_start[i];
@@ -55,11 +57,12 @@ void run(const ReverseStep& r) {
     const float low = r.bounds ? r.bounds[2 * n] : r.low, high = r.bounds ? r.bounds[2 * n + 1] : r.high;
     const float* x = load(r.x, r.x_type, index, size, x_buffer);
     const float* pred = load(r.pred, r.pred_type, index, size, pred_buffer);
-    float* x_start = r.x_start_out ? place(r.x_start_out, r.x_type, index, x_start_buffer) : x_start_buffer;
+    const bool in_place = r.x_start_out && r.x_start_out != r.x_start_prev;
+    float* x_start = in_place ? place(r.x_start_out, r.x_type, index, x_start_buffer) : x_start_buffer;
     float* x_next = place(r.x_next, r.x_type, index, buffer);
     set_means(row, low, high, x, pred, size, x_start, x_next);
-    if (r.x_start_out && x_start == x_start_buffer) store(x_start, size, r.x_start_out, r.x_type, index);
     if (r.x_start_prev) add(row.C, load(r.x_start_prev, r.x_type, index, size, x_buffer), size, x_next);
+    if (r.x_start_out && x_start == x_start_buffer) store(x_start, size, r.x_start_out, r.x_type, index);
     if (r.noise) noise = load(r.noise, r.x_type, index, size, x_buffer);
     if (noise && r.variance) {
       if (row.sigma > 0) {

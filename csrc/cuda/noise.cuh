@@ -14,11 +14,6 @@ __device__ __forceinline__ Key load_key(const int64_t* keys, int64_t index) {
   return {static_cast<uint64_t>(keys[2 * index]), static_cast<uint64_t>(keys[2 * index + 1])};
 }
 
-// The contract's uniforms: one fused operation rounds like two, since the product is exact.
-__device__ __forceinline__ float device_uniform(uint32_t word) {
-  return fmaf(static_cast<float>(word), 0x1p-32f, 0x1p-33f);
-}
-
 // sqrt(-2 ln u). lg2.approx is good to 2^-22 absolute, which near u = 1, where the logarithm vanishes, is not enough:
 // there it is a polynomial in u - 1 (minimax, 3e-8). The result is good to 5e-7 in the middle, 8e-7 in the tail.
 __device__ __forceinline__ float radius(float u) {
@@ -33,23 +28,8 @@ __device__ __forceinline__ float radius(float u) {
   return root;
 }
 
-// As box_muller.h, but reduced to half a turn, whose sign the radius takes: longer polynomials cost less here than
-// swapping sine and cosine (minimax, 5e-8).
 __device__ __forceinline__ Pair device_box_muller(uint32_t word0, uint32_t word1) {
-  const float length = radius(device_uniform(word0)), v = device_uniform(word1);
-  const float rounded = fmaf(v, 2.0f, 12582912.0f);       // 1.5 2^23: the half turns stand in the lowest bit
-  const float r = fmaf(rounded - 12582912.0f, -0.5f, v);  // exact
-  const float signed_length = float_of(bits_of(length) ^ bits_of(rounded) << 31);
-  const float r2 = r * r;
-  float s = fmaf(r2, 39.53886795043945f, -76.55010986328125f);
-  s = fmaf(s, r2, 81.60102081298828f);
-  s = fmaf(s, r2, -41.34165573120117f);
-  s = fmaf(s, r2, 6.283185005187988f) * r;
-  float c = fmaf(r2, 56.34064865112305f, -85.2540054321289f);
-  c = fmaf(c, r2, 64.93521881103516f);
-  c = fmaf(c, r2, -19.739181518554688f);
-  c = fmaf(c, r2, 1.0f);
-  return {signed_length * c, signed_length * s};
+  return turned(radius(uniform(word0)), uniform(word1));
 }
 
 // The kCount elements of a key's stream from 4 * block on.

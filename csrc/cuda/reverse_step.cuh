@@ -34,11 +34,12 @@ __device__ __forceinline__ void step_tiles(const ReverseStep& r, int64_t tiles, 
       y[j] = device_clip(u * x[j] + w * y[j], low, high);
       x[j] = A * x[j] + B * y[j];
     }
-    if (r.x_start_out) tile.template store<X>(r.x_start_out, y);
     if (r.x_start_prev) {
-      tile.template load<X>(r.x_start_prev, y);
+      tile.template exchange<X>(r.x_start_prev, r.x_start_out, y);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) x[j] += C * y[j];
+    } else if (r.x_start_out) {
+      tile.template store<X>(r.x_start_out, y);
     }
     if (r.keys || r.noise) {
       if (r.keys)

@@ -1,8 +1,9 @@
 // What one thread works on: a few elements of one sample that follow one another in the order in which noise is
 // counted.
 //
-// Values are float32 in registers, in that order; where they lie in memory is the tile's affair. All loops over a tile
-// unroll, so that the arrays are registers.
+// Values are float32 in registers, in that order; where they lie in memory is the tile's affair: it loads and stores
+// them, or exchanges them for others, `to` being null or even `from`. All loops over a tile unroll, so that the arrays
+// are registers.
 #pragma once
 
 #include "common/steps.h"
@@ -99,6 +100,15 @@ struct WideTile {
       *reinterpret_cast<Vector<T, kPixels>*>(static_cast<T*>(data) + offset + c * stride) = v;
     }
   }
+
+  template <typename T>
+  __device__ void exchange(const void* from, void* to, float (&values)[kSize]) const {
+    float loaded[kSize];
+    load<T>(from, loaded);
+    if (to) store<T>(to, values);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) values[j] = loaded[j];
+  }
 };
 
 // Element by element, for sizes and addresses that do not allow vectors, and planar tensors of any number of channels.
@@ -143,6 +153,17 @@ struct ScalarTile {
 #pragma unroll
     for (int j = 0; j < kSize; ++j)
       if (has(j)) static_cast<T*>(data)[offsets[j]] = from_float<T>(values[j]);
+  }
+
+  // One by one, as registers are short here.
+  template <typename T>
+  __device__ void exchange(const void* from, void* to, float (&values)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float loaded = has(j) ? to_float(static_cast<const T*>(from)[offsets[j]]) : 0.0f;
+      if (to && has(j)) static_cast<T*>(to)[offsets[j]] = from_float<T>(values[j]);
+      values[j] = loaded;
+    }
   }
 };
 

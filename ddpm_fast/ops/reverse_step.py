@@ -32,6 +32,7 @@ def reverse_step(
     clip: tuple[float, float] | Tensor | None = None,
     return_x_start: bool = False,
     return_model_input: bool = False,
+    out: ReverseStep | None = None,
 ) -> ReverseStep:
     """One step of any sampler: x_next = A x + B clip(x0_hat) + C x0_prev + sigma z, with x0_hat = u x + w pred.
 
@@ -51,6 +52,9 @@ def reverse_step(
         clip: (low, high), bounds of x0_hat, or a tensor (N, 2) of them for each sample; None leaves it as it is.
         return_x_start: give clip(x0_hat) too, for a multistep sampler, self-conditioning or a preview.
         return_model_input: give x_next in the dtype of pred too, for the network's next call.
+        out: tensors to write the results to, of their shapes, dtypes and layouts, instead of new ones; with None for
+            what is not wanted, whatever the two arguments above say. out.x may be x, and out.x_start x_start_prev: a
+            run of steps in place. Not where a gradient is wanted.
 
     Returns:
         x_next and clip(x0_hat) in the shape and dtype of x, x_next in the dtype of pred; channels-last where x is,
@@ -97,6 +101,9 @@ def reverse_step(
     # A state in half precision goes with predictions of its own dtype, one in float32 with any.
     pred_dtype = pred.dtype
     inner = x.dtype if x.dtype in (torch.bfloat16, torch.float16) or pred.dtype == torch.float64 else pred.dtype
+    if out is not None:
+        _check_out(out, x, inner, layout)
+        return_x_start, return_model_input = out.x_start is not None, out.model_input is not None
     x = x.contiguous(memory_format=layout)
     pred, variance = (door.as_given(y, inner, layout) for y in (pred, variance))
     noise, x_start_prev = (door.as_given(y, x.dtype, layout) for y in (noise, x_start_prev))
@@ -109,46 +116,73 @@ def reverse_step(
 
     function = _op(x)
     arguments = (x, pred, noise, keys, x_start_prev, variance, bounds, step, rows, float(low), float(high))
-    if function is _op.reference or door.needs_grad(x, pred, noise, x_start_prev, variance):
+    wants_grad = door.needs_grad(x, pred, noise, x_start_prev, variance, *(out or ()))
+    if wants_grad and out is not None:
+        raise ValueError(
+            "reverse_step writes to `out` only where no gradient is wanted: detach its inputs, or give none"
+        )
+    if wants_grad or function is _op.reference:
         x_next, x_start = reference.reverse_step(*arguments)
-        model_input = None
-    else:
-        emit = return_model_input and pred.dtype != x.dtype
-        x_next, x_start, model_input = function(*arguments, return_x_start, emit)
-        model_input = model_input if emit else None
+        model_input = x_next.to(pred_dtype) if return_model_input else None
+        results = ReverseStep(x_next, x_start if return_x_start else None, model_input)
+        if out is None:
+            return results
+        for to, result in zip(out, results, strict=True):
+            if to is not None:
+                to.copy_(result)
+        return out
+    if out is not None:
+        function(*arguments, *out)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version([y for y in out if y is not None])
+        return out
+
+    def new(dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(x, dtype=dtype, memory_format=layout)
+
+    model_input = new(inner) if return_model_input and inner != x.dtype else None
+    results = ReverseStep(new(x.dtype), new(x.dtype) if return_x_start else None, model_input)
+    function(*arguments, *results)
     if return_model_input and model_input is None:
-        model_input = x_next.to(pred_dtype)
-    return ReverseStep(x_next, x_start if return_x_start else None, model_input)
+        return results._replace(model_input=results.x.to(pred_dtype))
+    return results
+
+
+def _check_out(out: ReverseStep, x: Tensor, model_dtype: torch.dtype, layout: torch.memory_format) -> None:
+    for name, result, dtype in zip(out._fields, out, (x.dtype, x.dtype, model_dtype), strict=True):
+        fits = (
+            result is not None
+            and result.shape == x.shape
+            and result.dtype == dtype
+            and result.device == x.device
+            and result.is_contiguous(memory_format=layout)
+        )
+        if not fits and (result is not None or name == "x"):
+            needs = f"out.{name} in {str(dtype).removeprefix('torch.')}, in the shape and layout of x"
+            door.refuse("reverse_step", needs, x=x, **{f"out.{name}": result})
 
 
 def _kernel(*arguments):
-    *arguments, return_x_start, return_model_input = arguments
-    x, pred, *_, step, rows, _, _ = arguments
+    *arguments, x_next, x_start_out, model_input = arguments
+    *_, step, rows, _, _ = arguments
     door.check_index("reverse_step", "step", step, len(rows))
-    layout = door.memory_format(x)
-    x_next, x_start = (y.contiguous(memory_format=layout) for y in reference.reverse_step(*arguments))
-    nothing = x.new_empty(0)
-    return (
-        x_next,
-        x_start if return_x_start else nothing,
-        x_next.to(pred.dtype) if return_model_input else nothing.to(pred.dtype, copy=True),
-    )
+    result, x_start = reference.reverse_step(*arguments)
+    x_next.copy_(result)
+    if x_start_out is not None:
+        x_start_out.copy_(x_start)
+    if model_input is not None:
+        model_input.copy_(result)
 
 
-def _fake(x, pred, noise, keys, x_prev, variance, bounds, step, rows, low, high, return_x_start, return_model_input):
-    def like(wanted: bool, dtype: torch.dtype) -> Tensor:
-        if not wanted:
-            return x.new_empty(0, dtype=dtype)
-        return torch.empty_like(x, dtype=dtype, memory_format=door.memory_format(x))
-
-    return like(True, x.dtype), like(return_x_start, x.dtype), like(return_model_input, pred.dtype)
+def _fake(*arguments):
+    pass
 
 
 _op = backends.define(
     "reverse_step",
     "(Tensor x, Tensor pred, Tensor? noise, Tensor? keys, Tensor? x_start_prev, Tensor? variance, Tensor? bounds, "
-    "Tensor step, Tensor rows, float low, float high, bool return_x_start, bool return_model_input) "
-    "-> (Tensor x_next, Tensor x_start, Tensor model_input)",
+    "Tensor step, Tensor rows, float low, float high, Tensor(a!) x_next, Tensor(b!)? x_start, "
+    "Tensor(c!)? model_input) -> ()",
     kernel=_kernel,
     reference=reference.reverse_step,
     fake=_fake,

@@ -9,6 +9,7 @@ import ptxsim
 import pytest
 import torch
 from budgets import measure, settle
+from harness import targets
 from ops import simulated_cuda
 from ops.simulated_cuda import ARCHITECTURES, ROOT, TYPES, Simulation, structures
 from ptxsim import static, toolchain
@@ -196,9 +197,8 @@ def test_reverse_step(cuda, shape, layout, wide, narrow):
         if key_table is not None:
             chosen = key_table[0] if len(key_table) == 1 else key_table[step.expand(N), torch.arange(N)]
             z = reference.noise_of(chosen, shape)
-        x_next, x_start, model_input = cuda.reverse_step(
-            x, pred, noise, key_table, prev, learned, clip, step, table, -0.7, 0.9, True, True
-        )
+        x_next, x_start, model_input = out = targets(x, pred, True, True)
+        cuda.reverse_step(x, pred, noise, key_table, prev, learned, clip, step, table, -0.7, 0.9, *out)
         exact = reference.reverse_step(*doubled([x, pred, z, None, prev, learned, clip, step, table]), -0.7, 0.9)
         error = NOISE_TOLERANCE + 6 * 2**-24 * (x.abs().max() + pred.abs().max() + 5)
         assert_rounded(x_start, exact[1], error)
@@ -283,9 +283,8 @@ def test_statistics_are_good_where_the_mean_is_far_from_zero(cuda, layout):
 def test_nan_stays(cuda):
     x, pred = torch.zeros(N, 16), torch.zeros(N, 16)
     pred[1, 3] = torch.nan
-    x_next, x_start, _ = cuda.reverse_step(
-        x, pred, None, None, None, None, None, torch.tensor(0), torch.ones(1, 6), -1.0, 1.0, True, False
-    )
+    x_next, x_start, _ = out = targets(x, pred, True)
+    cuda.reverse_step(x, pred, None, None, None, None, None, torch.tensor(0), torch.ones(1, 6), -1.0, 1.0, *out)
     assert torch.equal(x_next.isnan(), pred.isnan())
     assert torch.equal(x_start.isnan(), pred.isnan())
 
@@ -317,9 +316,7 @@ def test_empty_tensors_launch_nothing_that_fails():
     rows, empty, t = torch.rand(3, 6), torch.empty(0, 3, 4, 4), torch.empty(0, dtype=torch.int64)
     assert cuda.normal(make_keys(0), 5).shape == (0, 5)
     assert cuda.q_sample(empty, None, make_keys(0), t, rows[:, :2].contiguous(), F32).shape == empty.shape
-    assert (
-        cuda.reverse_step(empty, empty, None, None, None, None, None, t, rows, -1.0, 1.0, False, False)[0].numel() == 0
-    )
+    cuda.reverse_step(empty, empty, None, None, None, None, None, t, rows, -1.0, 1.0, *targets(empty, empty))
     nothing = torch.empty(2, 0)
     loss, _ = cuda.weighted_loss(
         nothing, nothing, None, None, torch.tensor([0, 1]), rows[:, :3].contiguous(), 0, 1.0, True
@@ -353,8 +350,7 @@ def test_an_index_outside_the_table_stops_the_kernel(wrong):
             torch.rand(9, 6),
             -1.0,
             1.0,
-            False,
-            False,
+            *targets(x, x),
         ),
         "vlb_terms": lambda: cuda.vlb_terms(x, x, x, None, t, torch.rand(9, 6), -1.0, 1.0),
     }
@@ -397,10 +393,12 @@ def test_each_op_reads_and_writes_what_it_must_and_no_more(wide, narrow, layout)
     assert_traffic(cuda.launches, (pred, keys, t, rows), (loss, grad))
 
     rows = torch.rand(N, 6)
-    x_next, *_ = cuda.reverse_step(x, pred, None, keys[None], None, None, None, t, rows, -1.0, 1.0, False, False)
-    assert_traffic(cuda.launches, (x, pred, keys, t, rows), (x_next,))
-    results = cuda.reverse_step(x, pred, None, keys[None], previous, None, None, t, rows, -1.0, 1.0, True, True)
-    assert_traffic(cuda.launches, (x, pred, keys, t, rows, previous), results)
+    out = targets(x, pred)
+    cuda.reverse_step(x, pred, None, keys[None], None, None, None, t, rows, -1.0, 1.0, *out)
+    assert_traffic(cuda.launches, (x, pred, keys, t, rows), out[:1])
+    out = targets(x, pred, True, True)
+    cuda.reverse_step(x, pred, None, keys[None], previous, None, None, t, rows, -1.0, 1.0, *out)
+    assert_traffic(cuda.launches, (x, pred, keys, t, rows, previous), out)
 
     if wide == F32:
         out = cuda.vlb_terms(x, x.clone(), pred, None, t, rows, -1.0, 1.0)
@@ -534,7 +532,7 @@ def test_planted_faults_are_found(broken):
     with pytest.raises(ptxsim.OutOfBounds):
         broken.q_sample(odd, odd, None, t, rows[:, :2].contiguous(), F32)
     with pytest.raises(ptxsim.MisalignedAccess):
-        broken.reverse_step(unaligned(x), x, None, None, None, None, None, t, rows, -1.0, 1.0, False, False)
+        broken.reverse_step(unaligned(x), x, None, None, None, None, None, t, rows, -1.0, 1.0, *targets(x, x))
     with pytest.raises(ptxsim.SharedMemoryRace):
         broken.weighted_loss(x, x, None, None, t, rows[:, :3].contiguous(), 0, 1.0, True)
     with pytest.raises(ptxsim.UninitialisedSharedRead):

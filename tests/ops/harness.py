@@ -72,6 +72,15 @@ def make_t(n: int) -> Tensor:
     return t
 
 
+def targets(x: Tensor, pred: Tensor, x_start: bool = False, model_input: bool = False) -> tuple[Tensor | None, ...]:
+    """(x_next, x_start, model_input) for a step to write to, full of NaN; None for what is not wanted."""
+
+    def target(like: Tensor) -> Tensor:
+        return torch.full_like(like, torch.nan)
+
+    return target(x), target(x) if x_start else None, target(pred) if model_input else None
+
+
 class Case:
     """One call of an op, by its strict arguments."""
 
@@ -158,7 +167,7 @@ def weighted_loss_truth(pred, x_start, noise, keys, t, rows, loss_type, scale, w
 
 
 def reverse_step_truth(
-    x, pred, noise, keys, x_prev, variance, bounds, step, rows, low, high, return_x_start, return_model_input
+    x, pred, noise, keys, x_prev, variance, bounds, step, rows, low, high, _, x_start_out, model_input
 ):
     if keys is not None:
         keys = keys[0] if len(keys) == 1 else keys[step.expand(len(x)), torch.arange(len(x))]
@@ -186,9 +195,9 @@ def reverse_step_truth(
         error = error + sigma * (noise_error + sigma_error * eps.abs())
     error = error + 6 * EPS * size
     results = [rounded(x_next, error, x.dtype)]
-    if return_x_start:
+    if x_start_out is not None:
         results.append(rounded(x_start, x_error, x.dtype))
-    if return_model_input:
+    if model_input is not None:
         results.append(rounded(x_next, error, pred.dtype))
     return results
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ptxsim import toolchain
+from torch import Tensor
 
 from ddpm_fast.ops import native
 from ddpm_fast.ops.backends import OPS, has_triton
@@ -19,57 +20,65 @@ SIMULATED = (80, 90, 100)
 @dataclass(frozen=True)
 class Runner:
     name: str
-    call: Callable[[str, tuple], Any]  # op, strict arguments on the CPU -> results on the CPU
+    function: Callable[[str], Callable]  # of an op, by its name: what takes its strict arguments
     simulated: bool = False
+    device: str = "cpu"
+
+    def call(self, op: str, arguments: tuple) -> list[Tensor]:
+        """The op's results on the CPU; of one that returns none, the tensors it has written to."""
+        moved = [x.to(self.device) if isinstance(x, Tensor) else x for x in arguments]
+        results = self.function(op)(*moved)
+        if results is None:
+            results = [x for x in moved[-3:] if x is not None]
+        return [x.cpu() for x in ([results] if isinstance(results, Tensor) else results)]
 
     def __str__(self) -> str:
         return self.name
 
 
-def on_device(namespace: str, device: str) -> Callable[[str, tuple], Any]:
-    def call(op: str, arguments: tuple) -> Any:
-        moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
-        results = getattr(getattr(torch.ops, namespace), op)(*moved)
-        return results.cpu() if isinstance(results, torch.Tensor) else tuple(x.cpu() for x in results)
+def simulated_triton(cc: int) -> Callable[[str], Callable]:
+    def function(op: str) -> Callable:
+        def call(*arguments: Any) -> Any:
+            import ptxsim.triton
 
-    return call
+            with ptxsim.triton.simulate(cc=cc):
+                return getattr(torch.ops.ddpm_fast_triton, op)(*arguments)
 
+        return call
 
-def simulated_triton(cc: int) -> Callable[[str, tuple], Any]:
-    import ptxsim.triton
-
-    def call(op: str, arguments: tuple) -> Any:
-        with ptxsim.triton.simulate(cc=cc):
-            return getattr(torch.ops.ddpm_fast_triton, op)(*arguments)
-
-    return call
+    return function
 
 
-def simulated_cuda(arch: int) -> Callable[[str, tuple], Any]:
-    from simulated_cuda import Simulation
+def simulated_cuda(arch: int) -> Callable[[str], Callable]:
+    @functools.cache
+    def simulation() -> Any:  # compiled when the first test needs it
+        from simulated_cuda import Simulation
 
-    simulation = functools.cache(lambda: Simulation(arch))  # compiled when the first test needs it
-    return lambda op, arguments: getattr(simulation(), op)(*arguments)
+        return Simulation(arch)
+
+    return lambda op: getattr(simulation(), op)
 
 
 def runners() -> list[Any]:
     """One of each kind; those that cannot run here, as skipped."""
     found = []
 
-    def add(name: str, call: Callable[[], Callable], missing: str = "", simulated: bool = False) -> None:
+    def add(name: str, function: Callable[[str], Callable], missing: str = "", **more: Any) -> None:
         marks = [pytest.mark.skip(reason=missing)] if missing else []
-        runner = None if missing else Runner(name, call(), simulated)
-        found.append(pytest.param(runner, id=name, marks=marks))
+        found.append(pytest.param(Runner(name, function, **more), id=name, marks=marks))
 
-    add("reference", lambda: lambda op, arguments: OPS[op].kernel(*arguments))
-    add("cpu", lambda: on_device("ddpm_fast", "cpu"), native.modules["cpu"].reason)
+    def namespace(name: str) -> Callable[[str], Callable]:
+        return lambda op: getattr(getattr(torch.ops, name), op)
+
+    add("reference", lambda op: OPS[op].kernel)
+    add("cpu", namespace("ddpm_fast"), native.modules["cpu"].reason)
     no_triton = "" if has_triton() else "Triton is not installed"
     if GPU:
-        add("triton", lambda: on_device("ddpm_fast_triton", "cuda"), no_triton)
-        add("cuda", lambda: on_device("ddpm_fast", "cuda"), native.modules["cuda"].reason)
+        add("triton", namespace("ddpm_fast_triton"), no_triton, device="cuda")
+        add("cuda", namespace("ddpm_fast"), native.modules["cuda"].reason, device="cuda")
         return found
     no_nvcc = "" if toolchain.has_tool("nvcc") else "nvcc was not found"
     for cc in SIMULATED:
-        add(f"triton-sm{cc}", lambda cc=cc: simulated_triton(cc), no_triton, simulated=True)
-        add(f"cuda-sm{cc}", lambda cc=cc: simulated_cuda(cc), no_nvcc, simulated=True)
+        add(f"triton-sm{cc}", simulated_triton(cc), no_triton, simulated=True)
+        add(f"cuda-sm{cc}", simulated_cuda(cc), no_nvcc, simulated=True)
     return found

@@ -206,14 +206,10 @@ class Simulation:
         rows: Tensor,
         low: float,
         high: float,
-        return_x_start: bool,
-        return_model_input: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        def like(wanted: bool, dtype: torch.dtype) -> Tensor | None:
-            return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x)) if wanted else None
-
-        x_next, x_start = like(True, x.dtype), like(return_x_start, x.dtype)
-        model_input = like(return_model_input, pred.dtype)
+        x_next: Tensor,
+        x_start: Tensor | None,
+        model_input: Tensor | None,
+    ) -> None:
         self._launch(
             "ReverseStep",
             x=x,
@@ -237,12 +233,6 @@ class Simulation:
             step_is_shared=step.ndim == 0,
             x_type=TYPES[x.dtype],
             pred_type=TYPES[pred.dtype],
-        )
-        nothing = x.new_empty(0)
-        return (
-            x_next,
-            nothing if x_start is None else x_start,
-            nothing.to(pred.dtype) if model_input is None else model_input,
         )
 
     def vlb_terms(

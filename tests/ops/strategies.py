@@ -3,7 +3,7 @@
 import math
 
 import torch
-from harness import Case, T, data, make_keys, make_t, schedule, vlb_rows
+from harness import Case, T, data, make_keys, make_t, schedule, targets, vlb_rows
 from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,8 +83,8 @@ def reverse_step(draw, most):
     emit = pred_dtype != dtype and draw(st.booleans())
     x, pred = data(shape, dtype, layout, 0), data(shape, pred_dtype, layout, 1)
     rows = schedule(6 if variance is None else 8)
-    x_start = draw(st.booleans())
-    return Case("reverse_step", (x, pred, noise, keys, x_prev, variance, bounds, step, rows, low, high, x_start, emit))
+    out = targets(x, pred, draw(st.booleans()), emit)
+    return Case("reverse_step", (x, pred, noise, keys, x_prev, variance, bounds, step, rows, low, high, *out))
 
 
 @st.composite

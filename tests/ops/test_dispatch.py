@@ -64,3 +64,18 @@ def test_a_compiled_op_follows_the_chosen_backend(op):
     with ops.backend("reference"):
         other = compiled(*args)
     torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_in_place_compiles_into_a_full_graph():
+    (x, pred, step, rows), kwargs = arguments("reverse_step", torch.bfloat16)
+    del kwargs["return_x_start"]
+    expected = ops.reverse_step(x, pred, step, rows, **kwargs, return_model_input=True)
+    state, model_input = x.clone(), torch.empty_like(pred)
+
+    def take(x, model_input):
+        return ops.reverse_step(x, pred, step, rows, **kwargs, out=ops.ReverseStep(x, None, model_input)).x
+
+    found = torch.compile(take, fullgraph=True)(state, model_input)
+    assert torch.equal(found, expected.x)
+    assert torch.equal(state, expected.x)
+    assert torch.equal(model_input, expected.model_input)

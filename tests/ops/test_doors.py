@@ -104,6 +104,44 @@ def test_keys_of_all_steps_are_indexed_like_the_rows():
         assert torch.equal(alone[0], whole[n])
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_step_writes_to_what_it_is_given_to_write_to(backend):
+    args, kwargs = arguments("reverse_step", torch.bfloat16)
+    with ddpm_fast.backend(backend):
+        expected = ops.reverse_step(*args, **kwargs, return_model_input=True)
+        out = ops.ReverseStep(*map(torch.zeros_like, expected))
+        version = out.x._version
+        assert ops.reverse_step(*args, **kwargs, out=out) is out
+        assert all(map(torch.equal, out, expected))
+        assert out.x._version > version  # so that autograd finds what it has saved, changed
+        only = ops.ReverseStep(torch.zeros_like(expected.x), None, None)
+        assert torch.equal(ops.reverse_step(*args, **kwargs, out=only).x, expected.x)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("x", None),
+        ("x", torch.zeros(3, 4, 6, 5)),  # not channels-last
+        ("x_start", torch.zeros(3, 4, 6, 6).to(memory_format=torch.channels_last)),
+        ("model_input", torch.zeros(3, 4, 6, 5, dtype=torch.float16).to(memory_format=torch.channels_last)),
+    ],
+)
+def test_what_cannot_be_written_to_is_an_error(field, value):
+    args, kwargs = arguments("reverse_step", torch.bfloat16)
+    out = ops.ReverseStep(*ops.reverse_step(*args, **kwargs, return_model_input=True))._replace(**{field: value})
+    with pytest.raises(ValueError, match=rf"reverse_step needs out.{field} in .*; got x"):
+        ops.reverse_step(*args, **kwargs, out=out)
+
+
+def test_nothing_is_written_where_a_gradient_is_wanted():
+    (x, *args), kwargs = arguments("reverse_step")
+    out = ops.ReverseStep(torch.zeros_like(x), None, None)
+    with pytest.raises(ValueError, match="only where no gradient is wanted"):
+        ops.reverse_step(x.requires_grad_(), *args, **kwargs, out=out)
+    assert not out.x.any()
+
+
 NAMES = ("x_start_prev", "variance")
 
 WRONG = {

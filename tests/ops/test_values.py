@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import assert_true
+from harness import T, assert_true, data, make_keys, make_t, schedule, targets
 from hypothesis import HealthCheck, given, settings
 from runners import runners
 from strategies import STRATEGIES
@@ -32,8 +32,6 @@ def test_results_lie_within_their_bounds_of_the_truth(runner, op):
 
 @pytest.mark.parametrize("runner", runners())
 def test_the_gradient_of_the_loss_is_the_one_that_autograd_finds(runner):
-    from harness import data, make_keys, make_t, schedule
-
     shape = (3, 3, 6, 5)
     pred, x_start = (data(shape, torch.float32, "channels last", i) for i in range(2))
     keys, t, rows = make_keys(3), make_t(3), schedule(3)
@@ -44,3 +42,20 @@ def test_the_gradient_of_the_loss_is_the_one_that_autograd_finds(runner):
         (expected,) = torch.autograd.grad(loss.sum(), leaf)
         _, grad = runner.call("weighted_loss", (pred, x_start, None, keys, t, rows, kind, 1.0, True))
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 6, 5), (2, 8, 16, 16), (2, 3, 40, 41)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("runner", runners())
+def test_a_step_in_place_has_the_bits_of_one_that_is_not(runner, layout, shape):
+    for dtype, pred_dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2):
+        x, x_prev = (data(shape, dtype, layout, i) for i in (0, 2))
+        pred, variance = (data(shape, pred_dtype, layout, i) for i in (1, 3))
+        n = len(x)
+        arguments = (None, make_keys(T, n), x_prev, variance, None, make_t(n), schedule(8), -1.0, 1.0)
+        out = targets(x, pred, True, pred_dtype != dtype)
+        expected = runner.call("reverse_step", (x, pred, *arguments, *out))
+        state, x_start = (y.to(runner.device, copy=True) for y in (x, x_prev))
+        arguments = (None, arguments[1], x_start, *arguments[3:])
+        found = runner.call("reverse_step", (state, pred, *arguments, state, x_start, out[2]))
+        assert all(map(torch.equal, found, expected))

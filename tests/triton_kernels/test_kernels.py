@@ -295,12 +295,14 @@ def test_elements_past_two_to_the_31_are_reached():
 def test_a_timestep_outside_the_table_reads_nothing_and_gives_nan(cc):
     x, keys, rows = images(3, 3, 8, 8), make_keys(3), torch.rand(5, 6)
     t, op = torch.tensor([4, 5, -1]), torch.ops.ddpm_fast_triton
+    x_next = torch.zeros_like(x)
     with simulated(cc):
+        op.reverse_step(x, x, None, make_keys(5, 3), None, None, None, t, rows, -1.0, 1.0, x_next, None, None)
         results = (
+            x_next,
             op.q_sample(x, None, keys, t, rows[:, :2].contiguous(), F32),
             op.weighted_loss(x, None, None, keys, t, rows[:, :3].contiguous(), 0, 1.0, False)[0],
             op.weighted_loss(x, x, None, None, t, rows[:, :3].contiguous(), 1, 1.0, True)[1],
-            op.reverse_step(x, x, None, make_keys(5, 3), None, None, None, t, rows, -1.0, 1.0, False, False)[0],
             op.vlb_terms(x, x, x, None, t, rows, -1.0, 1.0),
         )
     for result in results:

@@ -49,38 +49,28 @@ def natural_log(u):
 
 
 @triton.jit
-def cos_sin_of_turns(v):
-    """cos and sin of 2 pi v for v in [0, 1] (minimax on an eighth of a turn, 5e-9)."""
-    rounded = tl.fma(v, 4.0, 12582912.0)  # 1.5 2^23: the quarter turns stand in the lowest bits
-    quarter = rounded.to(tl.int32, bitcast=True)
-    r = tl.fma(rounded - 12582912.0, -0.25, v)  # exact
-    r2 = r * r
-    s = tl.fma(r2, 41.46989059448242, -76.6977767944336)
-    s = tl.fma(s, r2, 81.6052017211914)
-    s = tl.fma(s, r2, -41.34170150756836)
-    s = tl.fma(s, r2, 6.2831854820251465) * r
-    c = tl.fma(r2, 59.24596405029297, -85.44374084472656)
-    c = tl.fma(c, r2, 64.93932342529297)
-    c = tl.fma(c, r2, -19.739208221435547)
-    c = tl.fma(c, r2, 1.0)
-    swapped = (quarter & 1) != 0
-    x, y = tl.where(swapped, s, c), tl.where(swapped, c, s)
-    # Quarters 1 and 2 have a negative cosine, 2 and 3 a negative sine.
-    x = x.to(tl.int32, bitcast=True) ^ ((quarter + 1 & 2) << 30)
-    y = y.to(tl.int32, bitcast=True) ^ ((quarter & 2) << 30)
-    return x.to(tl.float32, bitcast=True), y.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def uniform(word):
     return tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # 2^-32, exact, and 2^-33
 
 
 @triton.jit
 def box_muller(word0, word1):
-    radius = tl.sqrt(-2.0 * natural_log(uniform(word0)))
-    x, y = cos_sin_of_turns(uniform(word1))
-    return radius * x, radius * y
+    """sqrt(-2 ln u) times (cos, sin) of 2 pi v: of half a turn (minimax, 5e-8), whose sign the root takes."""
+    radius, v = tl.sqrt(-2.0 * natural_log(uniform(word0))), uniform(word1)
+    rounded = tl.fma(v, 2.0, 12582912.0)  # 1.5 2^23: the half turns stand in the lowest bit
+    r = tl.fma(rounded - 12582912.0, -0.5, v)  # exact
+    sign = rounded.to(tl.int32, bitcast=True) << 31
+    radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    r2 = r * r
+    s = tl.fma(r2, 39.53886795043945, -76.55010986328125)
+    s = tl.fma(s, r2, 81.60102081298828)
+    s = tl.fma(s, r2, -41.34165573120117)
+    s = tl.fma(s, r2, 6.283185005187988) * r
+    c = tl.fma(r2, 56.34064865112305, -85.2540054321289)
+    c = tl.fma(c, r2, 64.93521881103516)
+    c = tl.fma(c, r2, -19.739181518554688)
+    c = tl.fma(c, r2, 1.0)
+    return radius * c, radius * s
 
 
 @triton.jit

@@ -4,12 +4,10 @@ __all__ = ["reverse_step"]
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import memory_format
 from .noise import tile_noise
 from .tiles import grid, load_key, load_tile, locate, part_of_program, store, table_row, tiling
 
@@ -26,13 +24,10 @@ def reverse_step(
     rows: Tensor,
     low: float,
     high: float,
-    return_x_start: bool,
-    return_model_input: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    layout = memory_format(x)
-    x_next = torch.empty_like(x, memory_format=layout)
-    x_start = torch.empty_like(x, memory_format=layout) if return_x_start else None
-    model_input = torch.empty_like(x, dtype=pred.dtype, memory_format=layout) if return_model_input else None
+    x_next: Tensor,
+    x_start: Tensor | None,
+    model_input: Tensor | None,
+) -> None:
     if x.numel():
         extent, channels, tiles, constants = tiling(x, keys, pred, per_thread=16)
         _reverse_step[grid(len(x), tiles)](
@@ -58,11 +53,6 @@ def reverse_step(
             KEYS_OF_STEPS=keys is not None and len(keys) > 1,
             **constants,
         )
-    return (
-        x_next,
-        x.new_empty(0) if x_start is None else x_start,
-        pred.new_empty(0) if model_input is None else model_input,
-    )
 
 
 @triton.jit(do_not_specialize=["steps"])
