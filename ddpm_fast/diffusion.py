@@ -7,8 +7,6 @@ predicts, the weighted error is the loss. Through sampling: x_T is drawn, then n
 
 __all__ = ["GaussianDiffusion", "ModelPrediction", "SampleState"]
 
-import itertools
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checks, ops, samplers, schedules
+from . import checks, graphs, ops, samplers, schedules
 from . import noise as noises
+from .packing import PackedWeights, packed
 from .parameterization import loss_weight as make_loss_weight
 from .process import DiffusionProcess
 from .schedules import NoiseSchedule
@@ -367,43 +366,66 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yields (steps taken, x, x0_hat) in [-1, 1], the state before the first step first.
 
+        All steps work in place, so the next one changes what was yielded.
+
         `taken`: steps of the table that lie behind x. `with_x_start`: x0_hat is wanted.
         """
         rows = table.rows.to(self.device, self.betas.dtype)
         timesteps, steps = table.t.to(self.device), torch.arange(len(table), device=self.device)
-        noisy, multistep = (table.sigma > 0).tolist(), bool((table.C != 0).any())
-        keys = None
-        if source.keyed:
-            if any(noisy[taken:]):
-                keys = source.keys(len(x), range(1, len(table) + 1))  # (K, N, 2)
-        else:  # other packages draw for every step but the last, whatever its sigma
-            noisy = [True] * (len(table) - 1) + [False]
-        bounds, dtype = _bounds(self.clip_denoised), self._model_dtype(x)
-        x_start, model_input = None, x
-        yield taken, x, x_start
-        for k in tqdm(range(taken, len(table)), "sampling", disable=not progress, unit="step"):
-            with _evaluating(self.model):  # each time: between two states, others may use the model
-                pred = self._model_output(model_input, timesteps[k].expand(len(x)), x_start)
-            rounded = pred.dtype == dtype != x.dtype
-            x, x_start, model_input = ops.reverse_step(
+        noisy, multistep = bool((table.sigma[taken:] > 0).any()), bool((table.C != 0).any())
+        keys = source.keys(len(x), range(1, len(table) + 1)) if noisy and source.keyed else None  # (K, N, 2)
+        bounds, dtype, weights = _bounds(self.clip_denoised), self._model_dtype(x), PackedWeights()
+
+        layout = ops.channels_last_format(x.ndim) if source.keyed else None
+        x = torch.empty_like(x, memory_format=layout or torch.preserve_format).copy_(x)
+        x_start = torch.zeros_like(x) if with_x_start or multistep or self.self_condition else None
+        model_input = x if dtype == x.dtype else x.to(dtype)
+
+        def take(step: Tensor, t: Tensor, noise: Tensor | None = None, guess: Tensor | None = None) -> None:
+            with _evaluating(self.model), packed(weights):  # each time: between two states, others may use the model
+                pred = self._model_output(model_input, t.expand(len(x)), guess)
+            rounded = model_input is not x and pred.dtype == dtype
+            ops.reverse_step(
                 x,
                 pred,
-                steps[k],
+                step,
                 rows,
-                noise=source.draw(k + 1, x.shape) if noisy[k] and keys is None else None,
-                keys=keys if noisy[k] else None,
+                noise=noise,
+                keys=keys,
                 x_start_prev=x_start if multistep else None,
                 clip=bounds,
-                return_x_start=with_x_start or multistep or self.self_condition,
-                return_model_input=rounded,
+                out=ops.ReverseStep(x, x_start, model_input if rounded else None),
             )
-            model_input = model_input if rounded else x
+            if model_input is not x and not rounded:
+                model_input.copy_(x)
+
+        replay = None
+        if x.is_cuda and source.keyed and not self.self_condition and len(table) - taken > graphs.WARM_UP:
+            step, t = steps[taken].clone(), timesteps[taken].clone()
+            following = timesteps.roll(-1)
+
+            def take_next() -> None:
+                take(step, t)
+                torch.index_select(following, 0, step, out=t)
+                step.add_(1)
+
+            replay = graphs.captured(take_next, [y for y in (x, x_start, model_input, step, t) if y is not None])
+
+        yield taken, x, None
+        for k in tqdm(range(taken, len(table)), "sampling", disable=not progress, unit="step"):
+            if replay is not None:
+                replay()
+            else:
+                # Other packages draw for every step but the last, whatever its sigma.
+                drawn = source.draw(k + 1, x.shape) if not source.keyed and k + 1 < len(table) else None
+                take(steps[k], timesteps[k], drawn, x_start if k > taken else None)
             yield k + 1, x, x_start
 
     def _run(
         self,
         shape: Sequence[int],
         *,
+        every: int | None = None,
         sampler: str | None = None,
         steps: int | Sequence[int] | None = None,
         eta: float | None = None,
@@ -413,7 +435,7 @@ class GaussianDiffusion(DiffusionProcess):
         with_x_start: bool = False,
         progress: bool = False,
     ) -> Iterator[SampleState]:
-        """A sampling run of given shape, state by state, in the range of `sample`."""
+        """The states 0, every, 2 every ... and the last (None: the last alone) of a run, in the range of `sample`."""
         shape = tuple(checks.whole("batch_size and every size", size, 1) for size in shape)
         table = self.step_table(sampler, steps, eta)
         source = self._source(self.betas, seed, sample_offset)
@@ -423,17 +445,21 @@ class GaussianDiffusion(DiffusionProcess):
             raise ValueError(f"noise is x_T and must have the shape {tuple(shape)}; got {tuple(noise.shape)}")
         names = [*table.t.tolist(), -1]
 
-        def state(step: int, x: Tensor, x_start: Tensor | None) -> SampleState:
-            x_start = None if x_start is None else self.unnormalize(x_start)
-            return SampleState(step, names[step], self.unnormalize(x), x_start)
+        def mine(x: Tensor | None) -> Tensor | None:  # the run goes on in x
+            return None if x is None else self.unnormalize(x) if self.auto_normalize else x.clone()
 
         states = self._reverse(noise.to(self.betas), table, source, with_x_start=with_x_start, progress=progress)
-        return itertools.starmap(state, states)
+        return (
+            SampleState(step, names[step], mine(x), mine(x_start))
+            for step, x, x_start in states
+            if step == len(table) or (every and step % every == 0)
+        )
 
-    def _finish(self, states: Iterator[SampleState], return_all_timesteps: bool) -> Tensor:
+    def _finish(self, shape: Sequence[int], return_all_timesteps: bool, **run: Any) -> Tensor:
         if return_all_timesteps:
-            return torch.stack([state.x for state in states], dim=1)
-        return _last(states).x
+            return torch.stack([state.x for state in self._run(shape, every=1, **run)], dim=1)
+        (last,) = self._run(shape, **run)
+        return last.x
 
     def sample(
         self,
@@ -467,8 +493,9 @@ class GaussianDiffusion(DiffusionProcess):
             (N, C, *image_size), or (N, steps + 1, C, *image_size), float32, in [0, 1] (x_T and the states between
             reach further).
         """
-        states = self._run(
+        return self._finish(
             (batch_size, self.channels, *self.image_size),
+            return_all_timesteps,
             sampler=sampler,
             steps=steps,
             eta=eta,
@@ -477,7 +504,6 @@ class GaussianDiffusion(DiffusionProcess):
             noise=noise,
             progress=progress,
         )
-        return self._finish(states, return_all_timesteps)
 
     def sample_progressive(self, batch_size: int = 16, *, every: int = 1, **run: Any) -> Iterator[SampleState]:
         """Samples as `sample` with the arguments `run`, yielding every k-th state and holding no other.
@@ -487,17 +513,16 @@ class GaussianDiffusion(DiffusionProcess):
         """
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        states = self._run((batch_size, self.channels, *self.image_size), with_x_start=True, **run)
-        return (state for state in states if state.step % every == 0 or state.t == -1)
+        return self._run((batch_size, self.channels, *self.image_size), every=every, with_x_start=True, **run)
 
     def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
         """Ancestral sampling of a (N, C, ...) shape over all T steps, or as the arguments of `sample` say."""
         run = {"steps": self.num_timesteps, "sampler": "ddpm"} | run
-        return self._finish(self._run(shape, **run), return_all_timesteps)
+        return self._finish(shape, return_all_timesteps, **run)
 
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
         """DDIM sampling of a (N, C, ...) shape over `sampling_timesteps`, or as the arguments of `sample` say."""
-        return self._finish(self._run(shape, **({"sampler": "ddim"} | run)), return_all_timesteps)
+        return self._finish(shape, return_all_timesteps, **({"sampler": "ddim"} | run))
 
     @torch.inference_mode()
     def p_sample(
@@ -567,7 +592,7 @@ class GaussianDiffusion(DiffusionProcess):
         x2_t = self.q_sample(x2, times, source.draw(noises.SECOND_IMAGE, x2.shape))
         table = self.step_table("ddpm", self.num_timesteps)
         taken = self.num_timesteps - 1 - t
-        _, x, _ = _last(self._reverse((1 - lam) * x1_t + lam * x2_t, table, source, taken=taken))
+        *_, (_, x, _) = self._reverse((1 - lam) * x1_t + lam * x2_t, table, source, taken=taken)
         return x
 
 
@@ -576,10 +601,6 @@ def _noise(source: noises.Source, stream: int, shape: Sequence[int]) -> dict[str
     if source.keyed:
         return {"keys": source.keys(shape[0], stream)}
     return {"noise": source.draw(stream, shape)}
-
-
-def _last(states: Iterator[Any]) -> Any:
-    return deque(states, maxlen=1).pop()
 
 
 def _bounds(clip_denoised: bool | tuple[float, float]) -> tuple[float, float] | None:

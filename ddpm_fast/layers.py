@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .packing import Conv2d, Linear
 
 
 class GroupNorm(nn.GroupNorm):
@@ -28,8 +29,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim: int, time_dim: int) -> None:
         super().__init__()
         self.half = dim // 2
-        self.linear_1 = nn.Linear(dim, time_dim)
-        self.linear_2 = nn.Linear(time_dim, time_dim)
+        self.linear_1 = Linear(dim, time_dim)
+        self.linear_2 = Linear(time_dim, time_dim)
 
     def forward(self, t: Tensor) -> Tensor:
         # In float32, made here: a buffer would follow the model into half precision.
@@ -47,14 +48,16 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.out_channels = out_channels
         self.norm1 = GroupNorm(groups, channels, eps)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x)) + time[:, :, None, None]
+        """time: (N, out_channels), or (1, out_channels) for all samples, which costs no pass over the images."""
+        h = self.norm1(x)
+        h = self.conv1(h, shift=time[0]) if len(time) == 1 else self.conv1(h) + time[:, :, None, None]
         return self.shortcut(x) + self.conv2(self.dropout(self.norm2(h)))
 
 
@@ -65,8 +68,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = GroupNorm(groups, channels, eps, silu=False)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels)
+        self.out = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -82,7 +85,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -93,7 +96,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from .checks import whole
 from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample
+from .packing import Conv2d, Linear
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The networks of the paper: CIFAR-10; CelebA-HQ and LSUN at 256 x 256.
@@ -84,7 +85,7 @@ class UNet(nn.Module):
             return nn.Identity()
 
         self.time_embedding = TimeEmbedding(dim, 4 * dim)
-        self.conv_in = nn.Conv2d(channels, dim, 3, padding=1)
+        self.conv_in = Conv2d(channels, dim, 3, padding=1)
 
         c, skips = dim, [dim]  # channels of h, and of every state kept for the way up
         self.down = nn.ModuleList()
@@ -112,11 +113,11 @@ class UNet(nn.Module):
             self.up.append(_Level(blocks, attentions, Upsample(c) if level else None))
 
         self.norm_out = GroupNorm(norm_groups, c, norm_eps)
-        self.conv_out = nn.Conv2d(c, out_channels or channels, 3, padding=1)
+        self.conv_out = Conv2d(c, out_channels or channels, 3, padding=1)
 
         # One product projects t for all blocks: hundreds of small ones would each cost a launch.
         self.blocks_out = [m.out_channels for m in self.modules() if isinstance(m, ResidualBlock)]
-        self.time_projection = nn.Linear(4 * dim, sum(self.blocks_out))
+        self.time_projection = Linear(4 * dim, sum(self.blocks_out))
         self._initialize()
         self.to(memory_format=torch.channels_last)
 
@@ -153,12 +154,14 @@ class UNet(nn.Module):
         """
         Args:
             x: (N, channels, H, W), H and W divisible by 2^(levels - 1).
-            t: (N,), timesteps, whole or fractional.
+            t: (N,), timesteps, whole or fractional. One that was expanded (`t.expand(N)`) costs less than N of them.
 
         Returns:
             (N, out_channels, H, W), channels-last, in the dtype of the weights (or of autocast).
         """
         self._check_input(x, t)
+        if t.stride(0) == 0:  # sampling takes all images through the same timestep
+            t = t[:1]
         times = self.time_projection(silu(self.time_embedding(t))).split(self.blocks_out, dim=1)
         time = iter(times)  # in the order of `modules()`, which is that of the forward pass
 

@@ -1,0 +1,99 @@
+"""Convolutions and products whose weights oneDNN has packed once.
+
+PyTorch keeps weights as people see them, and oneDNN brings them into the order of its kernels again in every call: at
+small images that takes as long as the arithmetic. Within `packed`, without gradients and on the CPU, these modules keep
+the reordered weights. Everywhere else they are the modules of torch.nn.
+"""
+
+__all__ = ["Conv2d", "Linear", "PackedWeights", "packed"]
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+# What TorchInductor calls too. `ops` has nothing of it where PyTorch was built without oneDNN.
+_onednn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+
+
+class _Entry(NamedTuple):
+    weight: Tensor  # as the module has it
+    version: int
+    packed: Tensor
+
+
+class PackedWeights:
+    """The packed weights of modules, each made when it is first needed and when its weight was replaced or written to.
+
+    Writes through `weight.data` go unseen: make new ones after those.
+    """
+
+    def __init__(self) -> None:
+        self._entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+
+    def get(self, module: nn.Module, pack: Callable[[], Tensor]) -> Tensor:
+        weight = module.weight
+        version = 0 if weight.is_inference() else weight._version
+        entry = self._entries.get(module)
+        if entry is None or entry.weight is not weight or entry.version != version:
+            entry = self._entries[module] = _Entry(weight, version, pack())
+        return entry.packed
+
+
+_current: ContextVar[PackedWeights | None] = ContextVar("packed weights", default=None)
+
+
+@contextmanager
+def packed(weights: PackedWeights) -> Iterator[None]:
+    """Within this context, the modules here take and keep their packed weights there."""
+    token = _current.set(weights)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _weights_for(x: Tensor, weight: Tensor) -> PackedWeights | None:
+    if torch.compiler.is_compiling():
+        return None
+    weights = _current.get()
+    if weights is None or _onednn is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.numel() and x.dtype == weight.dtype
+    known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _onednn._is_mkldnn_bf16_supported())
+    return weights if plain and known else None
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, channels-last and with packed weights where there are any."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (N, C, H, W).
+            shift: added to the bias, (out_channels,).
+        """
+        bias = self.bias if shift is None else self.bias + shift
+        weights = _weights_for(x, self.weight) if self.padding_mode == "zeros" else None
+        if weights is None or isinstance(self.padding, str) or x.dim() != 4:
+            return self._conv_forward(x, self.weight, bias)
+        how = (self.padding, self.stride, self.dilation, self.groups)
+        weight = weights.get(self, lambda: _onednn._reorder_convolution_weight(self.weight.detach(), *how, x.shape))
+        x = x.contiguous(memory_format=torch.channels_last)
+        return _onednn._convolution_pointwise(x, weight, bias, *how, "none", [], "")
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with packed weights where there are any."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = _weights_for(x, self.weight)
+        if weights is None:
+            return super().forward(x)
+        rows = x.numel() // x.shape[-1]
+        weight = weights.get(self, lambda: _onednn._reorder_linear_weight(self.weight.detach(), rows))
+        return _onednn._linear_pointwise(x, weight, self.bias, "none", [], "")
