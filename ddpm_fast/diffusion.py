@@ -21,6 +21,7 @@ from .packing import PackedWeights, packed
 from .parameterization import loss_weight as make_loss_weight
 from .process import DiffusionProcess
 from .schedules import NoiseSchedule
+from .unet import UNet
 
 RNGS = ("philox", "torch")
 SAMPLERS = ("ddpm", "ddim")
@@ -147,9 +148,9 @@ class GaussianDiffusion(DiffusionProcess):
     def _model_dtype(self, x: Tensor) -> torch.dtype:
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype)
 
-    def _model_output(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+    def _model_output(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, **more: Tensor) -> Tensor:
         condition = (x_self_cond,) if self.self_condition else ()
-        pred = self.model(x.to(self._model_dtype(x)), t, *condition)
+        pred = self.model(x.to(self._model_dtype(x)), t, *condition, **more)
         if pred.shape != x.shape:
             raise ValueError(
                 f"the model must return the shape of its input, {tuple(x.shape)}; it returned {tuple(pred.shape)}"
@@ -381,9 +382,14 @@ class GaussianDiffusion(DiffusionProcess):
         x_start = torch.zeros_like(x) if with_x_start or multistep or self.self_condition else None
         model_input = x if dtype == x.dtype else x.to(dtype)
 
-        def take(step: Tensor, t: Tensor, noise: Tensor | None = None, guess: Tensor | None = None) -> None:
+        time_rows = self.model.time_rows(timesteps) if isinstance(self.model, UNet) else None
+
+        def take(
+            step: Tensor, t: Tensor, row: Tensor | None, noise: Tensor | None = None, guess: Tensor | None = None
+        ) -> None:
+            of_step = {} if row is None else {"time_row": row}
             with _evaluating(self.model), packed(weights):  # each time: between two states, others may use the model
-                pred = self._model_output(model_input, t.expand(len(x)), guess)
+                pred = self._model_output(model_input, t.expand(len(x)), guess, **of_step)
             rounded = model_input is not x and pred.dtype == dtype
             ops.reverse_step(
                 x,
@@ -401,11 +407,11 @@ class GaussianDiffusion(DiffusionProcess):
 
         replay = None
         if x.is_cuda and source.keyed and not self.self_condition and len(table) - taken > graphs.WARM_UP:
-            step, t = steps[taken].clone(), timesteps[taken].clone()
+            step, t = steps[taken : taken + 1].clone(), timesteps[taken : taken + 1].clone()
             following = timesteps.roll(-1)
 
             def take_next() -> None:
-                take(step, t)
+                take(step[0], t, None if time_rows is None else time_rows.index_select(0, step)[0])
                 torch.index_select(following, 0, step, out=t)
                 step.add_(1)
 
@@ -418,7 +424,8 @@ class GaussianDiffusion(DiffusionProcess):
             else:
                 # Other packages draw for every step but the last, whatever its sigma.
                 drawn = source.draw(k + 1, x.shape) if not source.keyed and k + 1 < len(table) else None
-                take(steps[k], timesteps[k], drawn, x_start if k > taken else None)
+                row = None if time_rows is None else time_rows[k]
+                take(steps[k], timesteps[k], row, drawn, x_start if k > taken else None)
             yield k + 1, x, x_start
 
     def _run(

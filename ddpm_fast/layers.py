@@ -55,9 +55,13 @@ class ResidualBlock(nn.Module):
         self.shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """time: (N, out_channels), or (1, out_channels) for all samples, which costs no pass over the images."""
+        """
+        Args:
+            time: (N, out_channels), added to what conv1 gives; or (out_channels,), which stands in for its bias: of
+                all samples alike, without a pass over the images.
+        """
         h = self.norm1(x)
-        h = self.conv1(h, shift=time[0]) if len(time) == 1 else self.conv1(h) + time[:, :, None, None]
+        h = self.conv1(h, bias=time) if time.dim() == 1 else self.conv1(h) + time[:, :, None, None]
         return self.shortcut(x) + self.conv2(self.dropout(self.norm2(h)))
 
 

@@ -16,8 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-# What TorchInductor calls too. `ops` has nothing of it where PyTorch was built without oneDNN.
-_onednn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+# What TorchInductor calls too; empty where PyTorch was built without oneDNN.
+_onednn = torch.ops.mkldnn
+_DTYPES = ()
+if torch.backends.mkldnn.is_available():
+    _DTYPES = (torch.float32, torch.bfloat16) if _onednn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
 class _Entry(NamedTuple):
@@ -61,23 +64,22 @@ def _weights_for(x: Tensor, weight: Tensor) -> PackedWeights | None:
     if torch.compiler.is_compiling():
         return None
     weights = _current.get()
-    if weights is None or _onednn is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if weights is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    plain = type(x) is Tensor and x.device.type == "cpu" and x.numel() and x.dtype == weight.dtype
-    known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _onednn._is_mkldnn_bf16_supported())
-    return weights if plain and known else None
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.numel() > 0
+    return weights if plain and x.dtype == weight.dtype and x.dtype in _DTYPES else None
 
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d, channels-last and with packed weights where there are any."""
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """
         Args:
             x: (N, C, H, W).
-            shift: added to the bias, (out_channels,).
+            bias: (out_channels,), instead of the module's.
         """
-        bias = self.bias if shift is None else self.bias + shift
+        bias = self.bias if bias is None else bias
         weights = _weights_for(x, self.weight) if self.padding_mode == "zeros" else None
         if weights is None or isinstance(self.padding, str) or x.dim() != 4:
             return self._conv_forward(x, self.weight, bias)

@@ -150,20 +150,29 @@ class UNet(nn.Module):
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | changes))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def time_rows(self, t: Tensor) -> Tensor:
+        """What each of the timesteps t, (K,), adds in all blocks, biases included: (K, D), rows for `forward`."""
+        biases = torch.cat([m.conv1.bias for m in self.modules() if isinstance(m, ResidualBlock)])
+        return self._projected(t) + biases
+
+    def _projected(self, t: Tensor) -> Tensor:
+        return self.time_projection(silu(self.time_embedding(t)))
+
+    def forward(self, x: Tensor, t: Tensor, time_row: Tensor | None = None) -> Tensor:
         """
         Args:
             x: (N, channels, H, W), H and W divisible by 2^(levels - 1).
             t: (N,), timesteps, whole or fractional. One that was expanded (`t.expand(N)`) costs less than N of them.
+            time_row: (D,), the row of `time_rows` of a timestep that all samples share, instead of t.
 
         Returns:
             (N, out_channels, H, W), channels-last, in the dtype of the weights (or of autocast).
         """
         self._check_input(x, t)
-        if t.stride(0) == 0:  # sampling takes all images through the same timestep
-            t = t[:1]
-        times = self.time_projection(silu(self.time_embedding(t))).split(self.blocks_out, dim=1)
-        time = iter(times)  # in the order of `modules()`, which is that of the forward pass
+        if time_row is None and t.stride(0) == 0:  # sampling takes all images through the same timestep
+            time_row = self.time_rows(t[:1])[0]
+        times = self._projected(t) if time_row is None else time_row
+        time = iter(times.split(self.blocks_out, dim=-1))  # in the order of `modules()`, that of the forward pass
 
         x = x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(x)

@@ -1,0 +1,107 @@
+"""What a sampling step asks of a GPU, counted on tensors that claim to be there."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ddpm_fast import GaussianDiffusion, UNet, graphs
+
+N, STEPS = 8, 1000
+
+
+def tensors(values):
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+class Ops(TorchDispatchMode):
+    """The ops that compute something: those whose result is not memory they were given, and those that write to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.computing = []
+        self.devices = set()
+        self.allocated = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = op(*args, **kwargs)
+        given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
+        made = [x for x in tensors(result) if x.untyped_storage()._cdata not in given]
+        if made or op._schema.is_mutable:
+            self.computing.append(str(op))
+        self.devices |= {x.device.type for x in tensors((args, kwargs, result))}
+        return result
+
+
+class Table:
+    """A table of a sampler, of which a step knows nothing but the device's part."""
+
+    def __init__(self):
+        self.rows, self.t = torch.empty(STEPS, 6), torch.empty(STEPS, dtype=torch.int64)
+        self.sigma, self.C = np.ones(STEPS), np.zeros(STEPS)
+
+    def __len__(self):
+        return STEPS
+
+
+def on_a_gpu(module):
+    """The module with parameters and buffers that claim to be on a GPU; within a FakeTensorMode."""
+
+    def moved(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+    for each in module.modules():
+        each._parameters.update({k: nn.Parameter(moved(p)) for k, p in each._parameters.items() if p is not None})
+        each._buffers.update({k: moved(b) for k, b in each._buffers.items() if b is not None})
+    return module
+
+
+def ops_of(function):
+    with torch.inference_mode(), Ops() as ops:
+        function()
+    return ops
+
+
+@pytest.fixture
+def step_ops(monkeypatch):
+    """The ops of the step that is captured."""
+    monkeypatch.setattr(graphs, "captured", lambda step, state: step)
+    model = UNet.preset("ddpm-cifar10-32").eval().bfloat16()
+    diffusion = GaussianDiffusion(model, image_size=32, objective="pred_noise", beta_schedule="linear")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_a_gpu(diffusion)
+        run = diffusion._reverse(torch.empty(N, 3, 32, 32, device="cuda"), Table(), diffusion._source(diffusion.betas, 3, 0))
+        next(run)
+        return ops_of(lambda: next(run))
+
+
+def test_a_step_never_waits_for_the_device_or_sends_it_anything(step_ops):
+    # An op that has to wait for a value raises on such tensors; one that sends has a tensor on either side.
+    assert step_ops.devices == {"cuda"}
+    assert not [op for op in step_ops.computing if "_to_copy" in op or "item" in op or "lift" in op]
+
+
+def test_a_step_launches_half_as_much_as_diffusers(step_ops):
+    diffusers = pytest.importorskip("diffusers")
+    network = diffusers.UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    ).eval().bfloat16()  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_a_gpu(network)
+        x, t = torch.empty(N, 3, 32, 32, device="cuda", dtype=torch.bfloat16), torch.empty((), device="cuda")
+        theirs = ops_of(lambda: network(x, t))
+    print(f"ops of a step: {len(step_ops.computing)}; of diffusers' network alone: {len(theirs.computing)}")
+    assert len(step_ops.computing) <= 394 / 2
