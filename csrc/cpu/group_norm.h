@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -35,7 +36,8 @@ class Strips {
     while (row_pixels * channels < 64) row_pixels *= 2;
     lanes = row_pixels * channels;
     half = lanes / 2;
-    tile_pixels = std::max<int64_t>(8192 / lanes, 1) * row_pixels;
+    // bfloat16 is read where it lies; all else passes through buffers of float32, for the nearest cache.
+    tile_pixels = std::max<int64_t>((in_pairs ? 32768 : 8192) / lanes, 1) * row_pixels;
     tiles = (plane + tile_pixels - 1) / tile_pixels;
 
     const int64_t last = plane - std::max<int64_t>(tiles - 1, 0) * tile_pixels;
@@ -120,6 +122,10 @@ class LaneTable {
   int64_t columns_, channels_, width_;
   std::vector<float> values_;
 };
+
+// Room for floats, not set to anything first.
+using Scratch = std::unique_ptr<float[]>;
+inline Scratch make_scratch(int64_t size) { return Scratch(new float[size]); }
 
 // A tile's elements as T: bfloat16 where they lie, all else in float32.
 template <class T>

@@ -9,20 +9,40 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-// Of a tile's elements of each lane: a center, and the sums of the deviations from it and of their squares. The center
-// is the mean of the tile's first eighth, so that means far larger than the spread do no harm: at most 8 / 9 of the
-// squares is then the center's own error, and is subtracted.
-template <class T>
-void set_moments(const Strips& strips, const Tile& tile, const T* x, float* moments) {
+#ifdef __AVX512F__
+void add_deviations_16(
+    const Strips& strips, const Tile& tile, const Bf16* x, const float* center, float* sums, float* squares) {
   const int64_t lanes = strips.lanes, half = strips.half;
-  float *center = moments, *sums = moments + lanes, *squares = moments + 2 * lanes;
-  std::fill(moments, moments + 3 * lanes, 0.0f);
-  const int64_t head = std::max<int64_t>(tile.rows / 8, 1);
-  for (int64_t r = 0; r < head; ++r) {
-    visit(tile.rows ? lanes : tile.left, half, [=](int64_t w, float v) { center[w] += v; }, x + r * lanes);
+  for_columns(lanes, tile.rows, tile.left, [=](const auto& column) {
+    const int64_t w0 = column.w, w1 = column.w + half;
+    const __m512 center0 = column.row_of(center, w0), center1 = column.row_of(center, w1);
+    __m512 sum0 = column.row_of(sums, w0), sum1 = column.row_of(sums, w1);
+    __m512 square0 = column.row_of(squares, w0), square1 = column.row_of(squares, w1);
+    for (int64_t r = 0, at = column.at; r < column.rows; ++r, at += lanes) {
+      const __m512i words = column.words(x, at);
+      const __m512 a = _mm512_sub_ps(firsts(words), center0), b = _mm512_sub_ps(seconds(words), center1);
+      sum0 = _mm512_add_ps(sum0, a), sum1 = _mm512_add_ps(sum1, b);
+      square0 = _mm512_fmadd_ps(a, a, square0), square1 = _mm512_fmadd_ps(b, b, square1);
+    }
+    column.set_row(sums, w0, sum0), column.set_row(sums, w1, sum1);
+    column.set_row(squares, w0, square0), column.set_row(squares, w1, square1);
+  });
+  if (tile.left % 2) {
+    const int64_t w = tile.left / 2;
+    const float a = from_bf16(x[tile.rows * lanes + tile.left - 1].bits) - center[w];
+    sums[w] += a;
+    squares[w] += a * a;
   }
-  for (int64_t w = 0; w < lanes; ++w) center[w] *= 1.0f / static_cast<float>(head);
+}
+#endif
 
+template <class T>
+void add_deviations(
+    const Strips& strips, const Tile& tile, const T* x, const float* center, float* sums, float* squares) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, Bf16>) return add_deviations_16(strips, tile, x, center, sums, squares);
+#endif
+  const int64_t lanes = strips.lanes, half = strips.half;
   int64_t r = 0;
   for (; r + 4 <= tile.rows; r += 4) {
     const T* row = x + r * lanes;
@@ -42,33 +62,51 @@ void set_moments(const Strips& strips, const Tile& tile, const T* x, float* mome
   if (tile.left) visit(tile.left, half, add_one, x + r * lanes);
 }
 
-// y = silu((x - mean) factor + offset); the table holds -factor and -offset, which spares a sign.
+// Of a tile's elements of each lane: a center, and the sums of the deviations from it and of their squares. The center
+// is the mean of the tile's first eighth, so that means far larger than the spread do no harm: at most 8 / 9 of the
+// squares is then the center's own error, and is subtracted. Among bfloat16, it is rounded to bfloat16 too: deviations
+// from it, and most of their sums, are then exact, where all would lose the same last bits.
+template <class T>
+void set_moments(const Strips& strips, const Tile& tile, const T* x, float* moments) {
+  const int64_t lanes = strips.lanes;
+  float* center = moments;
+  std::fill(moments, moments + 3 * lanes, 0.0f);
+  const int64_t head = std::max<int64_t>(tile.rows / 8, 1);
+  for (int64_t r = 0; r < head; ++r) {
+    visit(tile.rows ? lanes : tile.left, strips.half, [=](int64_t w, float v) { center[w] += v; }, x + r * lanes);
+  }
+  for (int64_t w = 0; w < lanes; ++w) {
+    center[w] *= 1.0f / static_cast<float>(head);
+    if (std::is_same_v<T, Bf16>) center[w] = from_bf16(to_bf16(center[w]));
+  }
+  add_deviations(strips, tile, x, center, moments + lanes, moments + 2 * lanes);
+}
+
+// y = silu(z) of z = (x - mean) factor + offset; the table has z's factor and offset in `argument_unit`s. bfloat16's
+// mean is in the offset: it then adds a rounding of mean / std, no more than the mean's own.
 enum Column { mean, factor, offset, columns };
 
 #ifdef __AVX512F__
 template <bool silu>
-void normalise_16(const Strips& strips, const Tile& tile, const Bf16* x, const float* means, const float* factors,
-    const float* offsets, Bf16* y) {
+void normalise_16(
+    const Strips& strips, const Tile& tile, const Bf16* x, const float* factors, const float* offsets, Bf16* y) {
   const int64_t lanes = strips.lanes, half = strips.half;
-  const auto value_of = [](__m512 minus_z) {
-    return silu ? silu_of_minus(minus_z) : _mm512_xor_ps(minus_z, _mm512_set1_ps(-0.0f));
-  };
-  for_columns(lanes, tile.rows, tile.left, [=](const Column16& column) {
+  const auto value_of = [](__m512 t) { return silu ? silu_of_exponent(t) : t; };
+  for_columns(lanes, tile.rows, tile.left, [=](const auto& column) {
     const int64_t w = column.w;
-    const __m512 mean0 = column.row_of(means, w), mean1 = column.row_of(means, w + half);
     const __m512 factor0 = column.row_of(factors, w), factor1 = column.row_of(factors, w + half);
     const __m512 offset0 = column.row_of(offsets, w), offset1 = column.row_of(offsets, w + half);
     for (int64_t r = 0, at = column.at; r < column.rows; ++r, at += lanes) {
       const __m512i words = column.words(x, at);
-      const __m512 first = _mm512_fmadd_ps(_mm512_sub_ps(firsts(words), mean0), factor0, offset0);
-      const __m512 second = _mm512_fmadd_ps(_mm512_sub_ps(seconds(words), mean1), factor1, offset1);
-      column.set_words(y, at, words_of(value_of(first), value_of(second)));
+      const __m512 first = value_of(_mm512_fmadd_ps(firsts(words), factor0, offset0));
+      const __m512 second = value_of(_mm512_fmadd_ps(seconds(words), factor1, offset1));
+      column.set_words(y, at, words_of(first, second));
     }
   });
   if (tile.left % 2) {
     const int64_t last = tile.rows * lanes + tile.left - 1, w = tile.left / 2;
-    const float minus_z = fused(from_bf16(x[last].bits) - means[w], factors[w], offsets[w]);
-    y[last].bits = to_bf16(_mm512_cvtss_f32(value_of(_mm512_set1_ps(minus_z))));
+    const __m512 t = _mm512_set1_ps(fused(from_bf16(x[last].bits), factors[w], offsets[w]));
+    y[last].bits = to_bf16(_mm512_cvtss_f32(value_of(t)));
   }
 }
 #endif
@@ -78,12 +116,13 @@ void normalise(const Strips& strips, const Tile& tile, const T* x, const float* 
     const float* offsets, T* y) {
 #ifdef __AVX512F__
   if constexpr (std::is_same_v<T, Bf16>) {
-    return normalise_16<silu>(strips, tile, x, means, factors, offsets, y);
+    return normalise_16<silu>(strips, tile, x, factors, offsets, y);
   }
 #endif
   const auto value = [=](int64_t w, float v) {
-    const float z = fused(v - means[w], factors[w], offsets[w]);  // -z
-    return silu ? z / (-1.0f - exponential(z)) : -z;
+    const float z = fused(std::is_same_v<T, Bf16> ? v : v - means[w], factors[w], offsets[w]);
+    // -z with SiLU, of which 88 stands for all that is more: SiLU is 0 there.
+    return silu ? (88.0f < z ? 88.0f : z) / (-1.0f - exponential(z)) : z;
   };
   strips.for_rows(
       tile, [=, half = strips.half](int64_t at, int64_t width) { map(width, half, y + at, value, x + at); });
@@ -98,85 +137,100 @@ void run_as(const GroupNormSilu& g) {
   const std::vector<float> bias = to_floats(g.bias, g.parameter_type, 0, channels);
   std::vector<float> moments;  // (samples, strips, tiles, 3, lanes)
   LaneTable table(strips, columns, channels);
+  const double unit = argument_unit<T>(g.silu);
 
-  // From the moments of all lanes and tiles of a sample to those of its groups.
-  const auto combine = [&](int64_t first, int64_t n) {
-    std::vector<double> of_lanes(lanes), means(channels, 0.0), squares(channels, 0.0);
-    const auto for_tiles = [&](std::vector<double>& of_channels, auto f) {
-      for (int64_t strip = 0; strip < strips.strips; ++strip) {
-        std::fill(of_lanes.begin(), of_lanes.end(), 0.0);
-        for (int64_t i = 0; i < strips.tiles; ++i) {
-          const float* m = &moments[((n * strips.strips + strip) * strips.tiles + i) * 3 * lanes];
-          const double* counts = strips.counts(i);
-          double* to = of_lanes.data();
-#pragma GCC ivdep
-          for (int64_t w = 0; w < lanes; ++w) to[w] += f(w, strip, counts[w], m[w], m[w + lanes], m[w + 2 * lanes]);
-        }
-        for (int64_t w = 0; w < lanes; ++w) of_channels[strip + strips.channel_of[w]] += of_lanes[w];
-      }
-    };
-    const double group_size = static_cast<double>(per_group * g.shape.plane);
-    const auto spread_over_groups = [&](std::vector<double>& of_channels) {
-      for (auto c = of_channels.begin(); c != of_channels.end(); c += per_group) {
-        std::fill_n(c, per_group, std::accumulate(c, c + per_group, 0.0) / group_size);
-      }
-    };
-    for_tiles(
-        means, [](int64_t, int64_t, double count, double center, double sum, double) { return count * center + sum; });
-    spread_over_groups(means);
-    for_tiles(squares, [&](int64_t w, int64_t strip, double count, double center, double sum, double square) {
-      const double shift = center - means[strip + strips.channel_of[w]];
-      return square + shift * (2.0 * sum + count * shift);
-    });
-    spread_over_groups(squares);
-
+  const auto set_affine = [&](int64_t first, int64_t n, const std::vector<double>& means,
+                              const std::vector<double>& rstds) {
     const std::vector<float> scale = to_floats(g.scale, g.x_type, (first + n) * channels, channels);
     const std::vector<float> shift = to_floats(g.shift, g.x_type, (first + n) * channels, channels);
-    std::vector<float> column[columns];
-    for (auto& values : column) values.resize(channels);
+    std::vector<float> of_channels[columns];
+    for (auto& values : of_channels) values.resize(channels);
+    float *mean_c = of_channels[mean].data(), *factor_c = of_channels[factor].data(),
+          *offset_c = of_channels[offset].data();
+#pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
-      const double rstd = 1.0 / std::sqrt(squares[c] + g.eps);
-      column[mean][c] = static_cast<float>(means[c]);
-      column[factor][c] = static_cast<float>(-rstd * weight[c] * (1.0 + scale[c]));
+      mean_c[c] = std::is_same_v<T, Bf16> ? 0.0f : static_cast<float>(means[c]);
+      factor_c[c] = static_cast<float>(unit * rstds[c] * weight[c] * (1.0 + scale[c]));
       // What the mean lost in rounding is in the offset.
-      const double lost = means[c] - column[mean][c];
-      column[offset][c] = static_cast<float>(-bias[c] * (1.0 + scale[c]) - shift[c] - lost * column[factor][c]);
-      if (c % per_group == 0) {
-        const int64_t group = (first + n) * g.groups + c / per_group;
-        g.mean[group] = column[mean][c];
-        g.rstd[group] = static_cast<float>(rstd);
+      const double lost = means[c] - mean_c[c];
+      offset_c[c] = static_cast<float>(unit * (bias[c] * (1.0 + scale[c]) + shift[c]) - lost * factor_c[c]);
+    }
+    for (int64_t i = 0; i < columns; ++i) table.set(n, i, of_channels[i].data());
+  };
+
+  // From the moments of all lanes and tiles of a sample to those of its groups: first of each channel, about a center
+  // of one of its lanes.
+  const auto combine = [&](int64_t first, int64_t n) {
+    std::vector<double> of_lanes(3 * lanes), centers(channels), sums(channels, 0.0), squares(channels, 0.0);
+    double *centers_w = of_lanes.data(), *sums_w = centers_w + lanes, *squares_w = sums_w + lanes;
+    for (int64_t strip = 0; strip < strips.strips; ++strip) {
+      const float* m = &moments[(n * strips.strips + strip) * strips.tiles * 3 * lanes];
+      for (int64_t w = 0; w < lanes; ++w) centers[strip + strips.channel_of[w]] = m[w];
+      for (int64_t w = 0; w < lanes; ++w) centers_w[w] = centers[strip + strips.channel_of[w]];
+      std::fill(sums_w, sums_w + 2 * lanes, 0.0);
+      for (int64_t i = 0; i < strips.tiles; ++i, m += 3 * lanes) {
+        const double* counts = strips.counts(i);
+#pragma GCC ivdep
+        for (int64_t w = 0; w < lanes; ++w) {
+          const double shift = m[w] - centers_w[w], sum = m[w + lanes], square = m[w + 2 * lanes];
+          sums_w[w] += sum + counts[w] * shift;
+          squares_w[w] += square + shift * (2.0 * sum + counts[w] * shift);
+        }
+      }
+      for (int64_t w = 0; w < lanes; ++w) {
+        sums[strip + strips.channel_of[w]] += sums_w[w];
+        squares[strip + strips.channel_of[w]] += squares_w[w];
       }
     }
-    for (int64_t i = 0; i < columns; ++i) table.set(n, i, column[i].data());
+
+    const double plane = static_cast<double>(g.shape.plane), count = plane * static_cast<double>(per_group);
+    std::vector<double> means(channels), rstds(channels);
+    for (int64_t begin = 0; begin < channels; begin += per_group) {
+      double group_mean = 0, square = 0;
+      for (int64_t c = begin; c < begin + per_group; ++c) group_mean += sums[c] + plane * centers[c];
+      group_mean /= count;
+      for (int64_t c = begin; c < begin + per_group; ++c) {
+        const double d = centers[c] - group_mean;
+        square += squares[c] + d * (2.0 * sums[c] + plane * d);
+      }
+      const double group_rstd = 1.0 / std::sqrt(square / count + g.eps);
+      std::fill_n(&means[begin], per_group, group_mean);
+      std::fill_n(&rstds[begin], per_group, group_rstd);
+      const int64_t group = (first + n) * g.groups + begin / per_group;
+      g.mean[group] = static_cast<float>(group_mean);
+      g.rstd[group] = static_cast<float>(group_rstd);
+    }
+    set_affine(first, n, means, rstds);
   };
 
   for_batches(g.shape, 2 * size_of(g.x_type), [&](int64_t first, int64_t samples) {
     moments.resize(samples * sample_tiles * 3 * lanes);
     table.resize(samples);
     parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer(strips.room());
+      const Scratch buffer = make_scratch(strips.room());
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = strips.tile(i);
         const int64_t index = first * sample_size + tile.index, size = tile.rows * lanes + tile.left;
-        set_moments(strips, tile, load_as<T>(g.x, g.x_type, index, size, buffer.data()), &moments[i * 3 * lanes]);
+        set_moments(strips, tile, load_as<T>(g.x, g.x_type, index, size, buffer.get()), &moments[i * 3 * lanes]);
       }
     });
     torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) combine(first, n);
     });
     parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer(strips.room()), result(strips.room()), scratch(table.room());
+      const Scratch buffer = make_scratch(strips.room()), result = make_scratch(strips.room()),
+                    scratch = make_scratch(table.room());
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = strips.tile(i);
         const int64_t index = first * sample_size + tile.index, size = tile.rows * lanes + tile.left;
-        const T* x = load_as<T>(g.x, g.x_type, index, size, buffer.data());
-        T* y = place_as<T>(g.y, g.x_type, index, result.data());
-        const float* means = table.get(tile, mean, scratch.data());
-        const float* factors = table.get(tile, factor, scratch.data());
-        const float* offsets = table.get(tile, offset, scratch.data());
+        const T* x = load_as<T>(g.x, g.x_type, index, size, buffer.get());
+        T* y = place_as<T>(g.y, g.x_type, index, result.get());
+        const float* means = table.get(tile, mean, scratch.get());
+        const float* factors = table.get(tile, factor, scratch.get());
+        const float* offsets = table.get(tile, offset, scratch.get());
         const auto function = g.silu ? normalise<true, T> : normalise<false, T>;
         function(strips, tile, x, means, factors, offsets, y);
-        if (static_cast<void*>(y) == result.data()) store(result.data(), size, g.y, g.x_type, index);
+        if (static_cast<void*>(y) == result.get()) store(result.get(), size, g.y, g.x_type, index);
       }
     });
   });

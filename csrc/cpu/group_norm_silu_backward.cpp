@@ -9,7 +9,7 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-// y = silu((x - mean) factor + offset), with g the gradient before the silu; the table has -factor and -offset.
+// y = silu((x - mean) factor + offset), with g the gradient before the silu; factor and offset in `argument_unit`s.
 // grad_x = of_grad g + of_deviation (x - mean) + constant.
 enum Column { mean, factor, offset, of_grad, of_deviation, constant, columns };
 
@@ -24,42 +24,67 @@ inline float before_silu(float grad, float deviation, float minus_factor, float 
 }
 
 #ifdef __AVX512F__
-// The gradient before the silu, and the deviation it belongs to.
-struct Before {
-  __m512 g, deviation;
+// The tables' values for sixteen lanes.
+struct Lanes16 {
+  template <bool whole>
+  Lanes16(const Column16<whole>& column, const float* const* lane, int64_t w)
+      : mean_w(column.row_of(lane[mean], w)),
+        factor_w(column.row_of(lane[factor], w)),
+        offset_w(column.row_of(lane[offset], w)) {}
+
+  __m512 deviation(__m512 x) const { return _mm512_sub_ps(x, mean_w); }
+  __m512 before_silu(__m512 grad, __m512 deviation) const {
+    return _mm512_mul_ps(grad, silu_slope_of_exponent(_mm512_fmadd_ps(deviation, factor_w, offset_w)));
+  }
+
+  __m512 mean_w, factor_w, offset_w;
 };
-inline Before before_silu(__m512 grad, __m512 x, __m512 mean, __m512 minus_factor, __m512 minus_offset) {
-  const __m512 deviation = _mm512_sub_ps(x, mean);
-  const __m512 minus_z = _mm512_fmadd_ps(deviation, minus_factor, minus_offset);
-  return {_mm512_mul_ps(grad, silu_slope_of_minus(minus_z)), deviation};
+
+// What grad_x takes besides.
+struct GradLanes16 : Lanes16 {
+  template <bool whole>
+  GradLanes16(const Column16<whole>& column, const float* const* lane, int64_t w)
+      : Lanes16(column, lane, w),
+        of_grad_w(column.row_of(lane[of_grad], w)),
+        of_deviation_w(column.row_of(lane[of_deviation], w)),
+        constant_w(column.row_of(lane[constant], w)) {}
+
+  __m512 grad_x(__m512 g, __m512 deviation) const {
+    return _mm512_fmadd_ps(g, of_grad_w, _mm512_fmadd_ps(deviation, of_deviation_w, constant_w));
+  }
+
+  __m512 of_grad_w, of_deviation_w, constant_w;
+};
+
+// The gradient before the silu, of one element.
+inline float before_silu_of_last(Bf16 grad, float deviation, const float* const* lane, int64_t w) {
+  const __m512 t = _mm512_set1_ps(fused(deviation, lane[factor][w], lane[offset][w]));
+  return from_bf16(grad.bits) * _mm512_cvtss_f32(silu_slope_of_exponent(t));
 }
 
 template <bool keep>
 void add_sums_16(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x, const float* const* lane,
     float* kept, float* sums, float* products) {
   const int64_t lanes = strips.lanes, half = strips.half;
-  for_columns(lanes, tile.rows, tile.left, [=](const Column16& column) {
-    for (int64_t second = 0; second < 2; ++second) {
-      const int64_t w = column.w + second * half;
-      const __m512 mean_w = column.row_of(lane[mean], w);
-      const __m512 factor_w = column.row_of(lane[factor], w), offset_w = column.row_of(lane[offset], w);
-      __m512 sum = column.row_of(sums, w), product = column.row_of(products, w);
-      for (int64_t r = 0, at = column.at; r < column.rows; ++r, at += lanes) {
-        const __m512i grads = column.words(grad, at), values = column.words(x, at);
-        const Before b = before_silu(second ? seconds(grads) : firsts(grads), second ? seconds(values) : firsts(values),
-            mean_w, factor_w, offset_w);
-        if (keep) column.set_row(kept + at, w, b.g);
-        sum = _mm512_add_ps(sum, b.g);
-        product = _mm512_fmadd_ps(b.g, b.deviation, product);
-      }
-      column.set_row(sums, w, sum);
-      column.set_row(products, w, product);
+  for_columns(lanes, tile.rows, tile.left, [=](const auto& column) {
+    const int64_t w0 = column.w, w1 = column.w + half;
+    const Lanes16 lanes0(column, lane, w0), lanes1(column, lane, w1);
+    __m512 sum0 = column.row_of(sums, w0), sum1 = column.row_of(sums, w1);
+    __m512 product0 = column.row_of(products, w0), product1 = column.row_of(products, w1);
+    for (int64_t r = 0, at = column.at; r < column.rows; ++r, at += lanes) {
+      const __m512i grads = column.words(grad, at), values = column.words(x, at);
+      const __m512 d0 = lanes0.deviation(firsts(values)), d1 = lanes1.deviation(seconds(values));
+      const __m512 g0 = lanes0.before_silu(firsts(grads), d0), g1 = lanes1.before_silu(seconds(grads), d1);
+      if (keep) column.set_row(kept + at, w0, g0), column.set_row(kept + at, w1, g1);
+      sum0 = _mm512_add_ps(sum0, g0), sum1 = _mm512_add_ps(sum1, g1);
+      product0 = _mm512_fmadd_ps(g0, d0, product0), product1 = _mm512_fmadd_ps(g1, d1, product1);
     }
+    column.set_row(sums, w0, sum0), column.set_row(sums, w1, sum1);
+    column.set_row(products, w0, product0), column.set_row(products, w1, product1);
   });
   if (tile.left % 2) {
-    const int64_t at = tile.rows * lanes, w = tile.left / 2;
-    const float d = from_bf16(x[at + tile.left - 1].bits) - lane[mean][w];
-    const float g = before_silu(from_bf16(grad[at + tile.left - 1].bits), d, lane[factor][w], lane[offset][w]);
+    const int64_t at = tile.rows * lanes, w = tile.left / 2, last = at + tile.left - 1;
+    const float d = from_bf16(x[last].bits) - lane[mean][w], g = before_silu_of_last(grad[last], d, lane, w);
     if (keep) kept[at + w] = g;
     sums[w] += g;
     products[w] += g * d;
@@ -70,40 +95,27 @@ template <bool kept_before>
 void set_grad_x_16(const Strips& strips, const Tile& tile, const Bf16* grad, const Bf16* x, const float* const* lane,
     const float* kept, Bf16* grad_x) {
   const int64_t lanes = strips.lanes, half = strips.half;
-  for_columns(lanes, tile.rows, tile.left, [=](const Column16& column) {
-    struct Table {
-      __m512 mean, factor, offset, of_grad, of_deviation, constant;
-    };
-    const auto table_of = [&](int64_t w) {
-      return Table{column.row_of(lane[mean], w), column.row_of(lane[factor], w), column.row_of(lane[offset], w),
-          column.row_of(lane[of_grad], w), column.row_of(lane[of_deviation], w), column.row_of(lane[constant], w)};
-    };
-    const Table first = table_of(column.w), second = table_of(column.w + half);
-    const auto gradient = [=](const Table& t, __m512 grad_y, __m512 v, const float* of_row) {
-      Before b;
-      if (kept_before) {
-        b = {column.row_of(of_row, 0), _mm512_sub_ps(v, t.mean)};
-      } else {
-        b = before_silu(grad_y, v, t.mean, t.factor, t.offset);
-      }
-      return _mm512_fmadd_ps(b.g, t.of_grad, _mm512_fmadd_ps(b.deviation, t.of_deviation, t.constant));
-    };
+  for_columns(lanes, tile.rows, tile.left, [=](const auto& column) {
+    const int64_t w0 = column.w, w1 = column.w + half;
+    const GradLanes16 lanes0(column, lane, w0), lanes1(column, lane, w1);
     for (int64_t r = 0, at = column.at; r < column.rows; ++r, at += lanes) {
       const __m512i values = column.words(x, at);
-      const __m512i grads = kept_before ? values : column.words(grad, at);  // not needed where g was kept
-      const float* of_row = kept_before ? kept + at + column.w : nullptr;
-      const __m512 a = gradient(first, firsts(grads), firsts(values), of_row);
-      const __m512 b = gradient(second, seconds(grads), seconds(values), kept_before ? of_row + half : nullptr);
-      column.set_words(grad_x, at, words_of(a, b));
+      const __m512 d0 = lanes0.deviation(firsts(values)), d1 = lanes1.deviation(seconds(values));
+      __m512 g0, g1;
+      if (kept_before) {
+        g0 = column.row_of(kept + at, w0), g1 = column.row_of(kept + at, w1);
+      } else {
+        const __m512i grads = column.words(grad, at);
+        g0 = lanes0.before_silu(firsts(grads), d0), g1 = lanes1.before_silu(seconds(grads), d1);
+      }
+      column.set_words(grad_x, at, words_of(lanes0.grad_x(g0, d0), lanes1.grad_x(g1, d1)));
     }
   });
   if (tile.left % 2) {
     const int64_t at = tile.rows * lanes, w = tile.left / 2, last = at + tile.left - 1;
     const float d = from_bf16(x[last].bits) - lane[mean][w];
-    const float g =
-        kept_before ? kept[at + w] : before_silu(from_bf16(grad[last].bits), d, lane[factor][w], lane[offset][w]);
-    const float rest = fused(d, lane[of_deviation][w], lane[constant][w]);
-    grad_x[last].bits = to_bf16(fused(g, lane[of_grad][w], rest));
+    const float g = kept_before ? kept[at + w] : before_silu_of_last(grad[last], d, lane, w);
+    grad_x[last].bits = to_bf16(fused(g, lane[of_grad][w], fused(d, lane[of_deviation][w], lane[constant][w])));
   }
 }
 #endif
@@ -165,6 +177,7 @@ void run_as(const GroupNormSiluBackward& b) {
   const std::vector<float> bias = to_floats(b.bias, b.parameter_type, 0, channels);
   std::vector<float> partial;  // (samples, strips, tiles, 2, lanes)
   LaneTable table(strips, columns, channels);
+  const auto unit = static_cast<float>(argument_unit<T>(b.silu));
 
   const auto set_affine = [&](int64_t first, int64_t n) {
     const std::vector<float> scale = to_floats(b.scale, b.x_type, (first + n) * channels, channels);
@@ -173,8 +186,8 @@ void run_as(const GroupNormSiluBackward& b) {
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t group = (first + n) * b.groups + c / per_group;
       means[c] = b.mean[group];
-      factors[c] = -(b.rstd[group] * weight[c] * (1.0f + scale[c]));
-      offsets[c] = -(bias[c] * (1.0f + scale[c]) + shift[c]);
+      factors[c] = unit * (b.rstd[group] * weight[c] * (1.0f + scale[c]));
+      offsets[c] = unit * (bias[c] * (1.0f + scale[c]) + shift[c]);
     }
     table.set(n, mean, means.data());
     table.set(n, factor, factors.data());
@@ -222,9 +235,10 @@ void run_as(const GroupNormSiluBackward& b) {
 
   const int64_t bytes = 3 * size_of(b.x_type) + sizeof(float);
   const bool keep = b.silu && sample_size * bytes <= 2 * cache_size();
-  std::vector<float> kept;
+  Scratch kept;
   for_batches(b.shape, bytes, [&](int64_t first, int64_t samples) {
-    if (keep) kept.resize(samples * sample_tiles * strips.room_of_lanes());
+    // The first batch is the largest.
+    if (keep && !kept) kept = make_scratch(samples * sample_tiles * strips.room_of_lanes());
     partial.resize(samples * sample_tiles * 2 * lanes);
     table.resize(samples);
     for (int64_t n = 0; n < samples; ++n) set_affine(first, n);
@@ -232,19 +246,20 @@ void run_as(const GroupNormSiluBackward& b) {
     // What both passes have in common; f gets a tile's gradient and x, its lanes and its number.
     const auto for_tiles = [&](Column last, const auto& f) {
       parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
-        std::vector<float> grad_buffer(strips.room()), x_buffer(strips.room()), scratch(table.room());
+        const Scratch grad_buffer = make_scratch(strips.room()), x_buffer = make_scratch(strips.room()),
+                      scratch = make_scratch(table.room());
         const float* lane[columns];
         for (int64_t i = begin; i < end; ++i) {
           const Tile tile = strips.tile(i);
           const int64_t index = first * sample_size + tile.index, size = tile.rows * lanes + tile.left;
-          const T* grad = load_as<T>(b.grad, b.x_type, index, size, grad_buffer.data());
-          const T* x = load_as<T>(b.x, b.x_type, index, size, x_buffer.data());
-          for (int64_t column = 0; column < last; ++column) lane[column] = table.get(tile, column, scratch.data());
+          const T* grad = load_as<T>(b.grad, b.x_type, index, size, grad_buffer.get());
+          const T* x = load_as<T>(b.x, b.x_type, index, size, x_buffer.get());
+          for (int64_t column = 0; column < last; ++column) lane[column] = table.get(tile, column, scratch.get());
           f(tile, i, index, grad, x, lane);
         }
       });
     };
-    const auto kept_of = [&](int64_t i) { return keep ? kept.data() + i * strips.room_of_lanes() : nullptr; };
+    const auto kept_of = [&](int64_t i) { return keep ? kept.get() + i * strips.room_of_lanes() : nullptr; };
     const auto sum = keep ? add_sums<Gradient::kept, T>
         : b.silu          ? add_sums<Gradient::again, T>
                           : add_sums<Gradient::no_silu, T>;

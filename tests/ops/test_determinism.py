@@ -74,6 +74,14 @@ def test_group_norm_is_right_where_the_mean_is_far_larger_than_the_spread(dtype)
     assert (y.double() - expected).abs().max() < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_of_what_is_far_below_zero_is_zero(dtype):
+    x = torch.randn(2, 8, 5, 7).to(dtype, memory_format=torch.channels_last)
+    for bias in (-100.0, -1e4, -1e30):
+        y = ops.group_norm_silu(x, torch.ones(8), torch.full((8,), bias), 4)
+        assert y.abs().max() < 1e-30
+
+
 def test_the_counter_of_a_stream_is_64_bits_wide():
     """Block 2^33 of a stream holds element 2^35."""
     far = ops.normal(torch.tensor([[5, 2**33]]), 8)
