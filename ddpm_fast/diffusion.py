@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checks, graphs, ops, samplers, schedules
+from . import checks, ops, samplers, schedules
 from . import noise as noises
-from .packing import PackedWeights, packed
 from .parameterization import loss_weight as make_loss_weight
 from .process import DiffusionProcess
+from .sampling import SamplingRun
 from .schedules import NoiseSchedule
 from .unet import UNet
 
@@ -371,62 +371,28 @@ class GaussianDiffusion(DiffusionProcess):
 
         `taken`: steps of the table that lie behind x. `with_x_start`: x0_hat is wanted.
         """
-        rows = table.rows.to(self.device, self.betas.dtype)
-        timesteps, steps = table.t.to(self.device), torch.arange(len(table), device=self.device)
-        noisy, multistep = bool((table.sigma[taken:] > 0).any()), bool((table.C != 0).any())
-        keys = source.keys(len(x), range(1, len(table) + 1)) if noisy and source.keyed else None  # (K, N, 2)
-        bounds, dtype, weights = _bounds(self.clip_denoised), self._model_dtype(x), PackedWeights()
 
-        layout = ops.channels_last_format(x.ndim) if source.keyed else None
-        x = torch.empty_like(x, memory_format=layout or torch.preserve_format).copy_(x)
-        x_start = torch.zeros_like(x) if with_x_start or multistep or self.self_condition else None
-        model_input = x if dtype == x.dtype else x.to(dtype)
+        def predict(x: Tensor, t: Tensor, guess: Tensor | None, time_row: Tensor | None) -> Tensor:
+            of_step = {} if time_row is None else {"time_row": time_row}
+            with _evaluating(self.model):  # each time: between two states, others may use the model
+                return self._model_output(x, t, guess, **of_step)
 
-        time_rows = self.model.time_rows(timesteps) if isinstance(self.model, UNet) else None
-
-        def take(
-            step: Tensor, t: Tensor, row: Tensor | None, noise: Tensor | None = None, guess: Tensor | None = None
-        ) -> None:
-            of_step = {} if row is None else {"time_row": row}
-            with _evaluating(self.model), packed(weights):  # each time: between two states, others may use the model
-                pred = self._model_output(model_input, t.expand(len(x)), guess, **of_step)
-            rounded = model_input is not x and pred.dtype == dtype
-            ops.reverse_step(
-                x,
-                pred,
-                step,
-                rows,
-                noise=noise,
-                keys=keys,
-                x_start_prev=x_start if multistep else None,
-                clip=bounds,
-                out=ops.ReverseStep(x, x_start, model_input if rounded else None),
-            )
-            if model_input is not x and not rounded:
-                model_input.copy_(x)
-
-        replay = None
-        if x.is_cuda and source.keyed and not self.self_condition and len(table) - taken > graphs.WARM_UP:
-            step, t = steps[taken : taken + 1].clone(), timesteps[taken : taken + 1].clone()
-            following = timesteps.roll(-1)
-
-            def take_next() -> None:
-                take(step[0], t, None if time_rows is None else time_rows.index_select(0, step)[0])
-                torch.index_select(following, 0, step, out=t)
-                step.add_(1)
-
-            replay = graphs.captured(take_next, [y for y in (x, x_start, model_input, step, t) if y is not None])
-
-        yield taken, x, None
+        run = SamplingRun(
+            predict,
+            x,
+            table,
+            source,
+            taken=taken,
+            dtype=self._model_dtype(x),
+            clip=_bounds(self.clip_denoised),
+            with_x_start=with_x_start,
+            self_condition=self.self_condition,
+            time_rows=self.model.time_rows(table.t.to(self.device)) if isinstance(self.model, UNet) else None,
+        )
+        yield taken, run.x, None
         for k in tqdm(range(taken, len(table)), "sampling", disable=not progress, unit="step"):
-            if replay is not None:
-                replay()
-            else:
-                # Other packages draw for every step but the last, whatever its sigma.
-                drawn = source.draw(k + 1, x.shape) if not source.keyed and k + 1 < len(table) else None
-                row = None if time_rows is None else time_rows[k]
-                take(steps[k], timesteps[k], row, drawn, x_start if k > taken else None)
-            yield k + 1, x, x_start
+            run.step(k)
+            yield k + 1, run.x, run.x_start
 
     def _run(
         self,

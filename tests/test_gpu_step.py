@@ -74,7 +74,9 @@ def step_ops(monkeypatch):
     diffusion = GaussianDiffusion(model, image_size=32, objective="pred_noise", beta_schedule="linear")
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_a_gpu(diffusion)
-        run = diffusion._reverse(torch.empty(N, 3, 32, 32, device="cuda"), Table(), diffusion._source(diffusion.betas, 3, 0))
+        run = diffusion._reverse(
+            torch.empty(N, 3, 32, 32, device="cuda"), Table(), diffusion._source(diffusion.betas, 3, 0)
+        )
         next(run)
         return ops_of(lambda: next(run))
 
