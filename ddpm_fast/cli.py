@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import info
+from .diffusion import SAMPLERS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="image i of a seed is the same however many there are (default: 0)",
     )
-    p.add_argument("--sampler", choices=("ddpm", "ddim"), help="default: ddpm for all steps, ddim for fewer")
-    p.add_argument("--steps", type=int, help="default: as the run's config says")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm for all steps; for fewer, dpmpp_2m with --steps")
+    p.add_argument("--steps", type=int, help="default: as the run's config says, with ddpm, or ddim if fewer than all")
     p.add_argument(
         "--out",
         type=Path,

@@ -24,7 +24,7 @@ from .schedules import NoiseSchedule
 from .unet import UNet
 
 RNGS = ("philox", "torch")
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
 
 
 class ModelPrediction(NamedTuple):
@@ -56,7 +56,7 @@ class GaussianDiffusion(DiffusionProcess):
             Where it has `self_condition = True`, as `model(x, t, x_self_cond)`.
         image_size: H = W, or the sizes of all axes after the channels: (H, W), (L,), or () for (N, D) data.
         timesteps: T. A `beta_schedule` given as numbers has its own.
-        sampling_timesteps: steps of `sample`; fewer than T select DDIM.
+        sampling_timesteps: steps of `sample` where it is given none; fewer than T select DDIM.
         objective: what the network predicts: pred_noise, pred_x0, pred_v or pred_mean.
         beta_schedule: a name of `schedules.make`, a `NoiseSchedule`, or T betas.
         schedule_fn_kwargs: arguments of the named schedule.
@@ -341,18 +341,21 @@ class GaussianDiffusion(DiffusionProcess):
         self, sampler: str | None = None, steps: int | Sequence[int] | None = None, eta: float | None = None
     ) -> samplers.StepTable:
         """The coefficients of a sampling run; the arguments of `sample`."""
+        fewer = "ddim" if steps is None or eta is not None else "dpmpp_2m"
         steps = self.sampling_timesteps if steps is None else steps
         if sampler is None:
             taken = len(samplers.strided_timesteps(self.num_timesteps, steps))
-            sampler = "ddim" if taken < self.num_timesteps else "ddpm"
-        if sampler == "ddpm":
-            if eta:
-                raise ValueError(f"eta is of sampler='ddim', this run takes 'ddpm'; got eta={eta}")
-            return samplers.ancestral(self.schedule, self.objective, steps, variance=self.variance)
+            sampler = fewer if taken < self.num_timesteps else "ddpm"
         if sampler == "ddim":
             eta = self.ddim_sampling_eta if eta is None else eta
             return samplers.ddim(self.schedule, self.objective, steps, eta=eta)
-        raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        if eta:
+            raise ValueError(f"eta is of sampler='ddim', this run takes {sampler!r}; got eta={eta}")
+        if sampler == "ddpm":
+            return samplers.ancestral(self.schedule, self.objective, steps, variance=self.variance)
+        return samplers.dpmpp_2m(self.schedule, self.objective, steps, sde=sampler == "dpmpp_2m_sde")
 
     @torch.inference_mode()
     def _reverse(
@@ -451,8 +454,11 @@ class GaussianDiffusion(DiffusionProcess):
 
         Args:
             batch_size: N.
-            sampler: ddpm (ancestral; Ho et al. 2020, algorithm 2) or ddim (Song et al. 2021); None takes ddpm for
-                all T steps, ddim for fewer.
+            sampler: ddpm (ancestral; Ho et al. 2020, algorithm 2), ddim (Song et al. 2021), dpmpp_2m
+                (DPM-Solver++(2M); Lu et al. 2022, algorithm 2) or dpmpp_2m_sde (its form with noise).
+                None takes ddpm for all T steps. For fewer it takes ddim where the module's `sampling_timesteps` says
+                so, as denoising_diffusion_pytorch does, or where eta is given; and for `steps` given here dpmpp_2m,
+                which solves the equation of DDIM to second order.
             steps: how many, strided evenly over the schedule, or the timesteps themselves; None for
                 `sampling_timesteps`.
             eta: noise of DDIM, from 0 (none) to 1 (as much as ancestral); None for `ddim_sampling_eta`.

@@ -8,7 +8,7 @@ A step takes x_t to x_t' at the next, less noisy timestep t' (primes below; abar
 A sampler is a function that gives these numbers for K steps. Nothing else of it reaches a kernel.
 """
 
-__all__ = ["StepTable", "ancestral", "ddim", "strided_timesteps"]
+__all__ = ["StepTable", "ancestral", "ddim", "dpmpp_2m", "strided_timesteps"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -124,3 +124,35 @@ def ddim(
     direction = direction2.clamp(min=0).sqrt()
     u, w = (row[t] for row in x_start_rows(schedule, objective))
     return StepTable(t=t, u=u, w=w, A=direction / s, B=a_next - direction * a / s, C=torch.zeros_like(u), sigma=sigma)
+
+
+def dpmpp_2m(
+    schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None, *, sde: bool = False
+) -> StepTable:
+    """DPM-Solver++(2M). Lu et al. (2022), algorithm 2, of second order in the steps of lambda = log(a / s).
+
+    x0_hat is extrapolated linearly in lambda from the last two to the middle of the step. The first step has one
+    alone, and the last, to lambda' = infinity, returns its x0_hat: both are of first order, where this is DDIM.
+
+    Args:
+        steps: as in `strided_timesteps`; None for all. Of those given, a step many times as long as the one before
+            extrapolates as far.
+        sde: SDE-DPM-Solver++(2M) of the same paper, which adds noise; at first order, DDIM with eta = 1.
+    """
+    t = strided_timesteps(len(schedule), len(schedule) if steps is None else steps)
+    abar, abar_next = _abar_pairs(schedule, t)
+    s, a_next, s_next = (1 - abar).sqrt(), abar_next.sqrt(), (1 - abar_next).sqrt()
+    h = ((abar_next / (1 - abar_next)).log() - (abar / (1 - abar)).log()) / 2
+    ahead = torch.zeros_like(h)  # 1 / 2r: from x0_hat to the middle of this step, as a share of the step before
+    ahead[1:-1] = h[1:-1] / (2 * h[:-2])
+    gain = -a_next * torch.expm1(-2 * h if sde else -h)
+    u, w = (row[t] for row in x_start_rows(schedule, objective))
+    return StepTable(
+        t=t,
+        u=u,
+        w=w,
+        A=s_next / s * ((-h).exp() if sde else 1),
+        B=gain * (1 + ahead),
+        C=-gain * ahead,
+        sigma=s_next * (-torch.expm1(-2 * h)).sqrt() if sde else torch.zeros_like(h),
+    )

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import math
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import GaussianDiffusion, noise
+from ddpm_fast.diffusion import SAMPLERS
 from ddpm_fast.parameterization import OBJECTIVES, loss_weight
 from ddpm_fast.schedules import NoiseSchedule
 
@@ -58,7 +58,7 @@ def test_every_rank_of_data_trains_and_samples(size, objective, rng):
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_is_the_same_in_any_batch(size, sampler):
     diffusion = make(size)
     whole = diffusion.sample(8, sampler=sampler, eta=0.7 if sampler == "ddim" else None, seed=5)
@@ -161,28 +161,66 @@ def test_progressive_sampling_yields_every_kth_state():
         torch.testing.assert_close(state.x, whole[:, state.step])
     assert states[0].x_start is None
     torch.testing.assert_close(states[-1].x_start, states[-1].x)
-    with pytest.raises(ValueError, match="eta is of sampler='ddim'"):
-        diffusion.sample(3, sampler="ddpm", eta=0.5)
+    for sampler in ("ddpm", "dpmpp_2m", "dpmpp_2m_sde"):
+        with pytest.raises(ValueError, match=f"eta is of sampler='ddim', this run takes '{sampler}'; got eta=0.5"):
+            diffusion.sample(3, sampler=sampler, steps=5, eta=0.5)
     with pytest.raises(ValueError, match="every"):
         diffusion.sample_progressive(3, every=0)  # at once, not at the first state
     with pytest.raises(ValueError, match="unknown sampler 'plms'; there are ddpm, ddim"):
         diffusion.sample_progressive(3, sampler="plms")
 
 
-def test_multistep_tables_are_given_the_guess_before(monkeypatch):
-    """C x0_prev: no sampler of one step uses it, but a table may."""
-    diffusion = make().eval()
-    table = diffusion.step_table("ddim", 6)
-    table = dataclasses.replace(table, C=torch.linspace(-0.3, 0.4, 6, dtype=torch.float64) * (torch.arange(6) > 0))
-    monkeypatch.setattr(diffusion, "step_table", lambda *_: table)
-    x, x_start = noise.gaussian((3, 2, 4, 6), seed=4), None
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_multistep_samplers_are_given_the_guess_before(sampler, dtype):
+    """C x0_prev, the clipped x0_hat; all states and guesses are those of the steps one by one."""
+    diffusion = make().eval().to(dtype)
+    table = diffusion.step_table(sampler, 6)
+    x = noise.gaussian((3, 2, 4, 6), seed=4)
+    x_start, expected, guesses = torch.zeros_like(x), [x], []
     for k in range(6):
-        guess = diffusion.model_predictions(x, table.t[k].expand(3), clip_x_start=True).pred_x_start
-        next_x = table.A[k].float() * x + table.B[k].float() * guess
-        if x_start is not None:
-            next_x = next_x + table.C[k].float() * x_start
-        x, x_start = next_x, guess
-    torch.testing.assert_close(diffusion.sample(3, seed=4), (x + 1) / 2, rtol=0, atol=1e-5)
+        u, w, A, B, C, sigma = table.rows[k].float()
+        with torch.no_grad():
+            pred = diffusion.model(x.to(dtype), table.t[k].expand(3))
+        guess = (u * x + w * pred).clamp(-1, 1)
+        x = A * x + B * guess + C * x_start + sigma * noise.gaussian(x.shape, seed=4, stream=k + 1)
+        x_start = guess
+        expected.append(x)
+        guesses.append(guess)
+    states = list(diffusion.sample_progressive(3, sampler=sampler, steps=6, seed=4))
+    # In bfloat16, x rounds to the network's input: 2^-8 where the last bits of x differ.
+    close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 2e-2}
+    torch.testing.assert_close(torch.stack([s.x for s in states]), (torch.stack(expected) + 1) / 2, **close)
+    torch.testing.assert_close(torch.stack([s.x_start for s in states[1:]]), (torch.stack(guesses) + 1) / 2, **close)
+    whole = diffusion.sample(3, sampler=sampler, steps=6, seed=4, return_all_timesteps=True)
+    torch.testing.assert_close(whole, torch.stack([s.x for s in states], dim=1), rtol=0, atol=0)
+
+
+def test_the_sampler_follows_from_the_steps_where_none_is_named():
+    """sampling_timesteps means DDIM, as in denoising_diffusion_pytorch; fewer `steps` mean DPM-Solver++(2M)."""
+
+    def same(diffusion, chosen, **named):
+        return torch.equal(diffusion.step_table(**chosen).rows, diffusion.step_table(**named).rows)
+
+    diffusion, strided = make(), make(sampling_timesteps=5, ddim_sampling_eta=0.5)
+    assert same(diffusion, {}, sampler="ddpm", steps=20)
+    assert same(strided, {}, sampler="ddim", steps=5, eta=0.5)
+    assert same(strided, {"eta": 1.0}, sampler="ddim", steps=5, eta=1.0)
+    for module in (diffusion, strided):
+        assert same(module, {"steps": 20}, sampler="ddpm", steps=20)
+        for steps in (1, 2, 7, 19, [2, 9, 4]):
+            assert same(module, {"steps": steps}, sampler="dpmpp_2m", steps=steps)
+            assert same(module, {"steps": steps, "eta": 0.0}, sampler="ddim", steps=steps, eta=0.0)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("rng", ["philox", "torch"])
+def test_multistep_samplers_take_any_number_of_steps(sampler, steps, rng):
+    samples = make(rng=rng).sample(3, sampler=sampler, steps=steps, return_all_timesteps=True)
+    assert samples.shape == (3, steps + 1, 2, 4, 6)
+    assert samples.isfinite().all()
+    assert 0 <= samples[:, -1].min() <= samples[:, -1].max() <= 1
 
 
 def test_torch_noise_is_drawn_for_every_step_but_the_last():
@@ -423,7 +461,8 @@ def test_conversions_undo_one_another():
     torch.testing.assert_close(diffusion.predict_start_from_v(x_t, t, diffusion.predict_v(x0, t, eps)), x0, **close)
 
 
-def test_self_conditioning_gives_the_network_its_last_guess():
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+def test_self_conditioning_gives_the_network_its_last_guess(sampler):
     class SelfConditioned(Net):
         self_condition = True
         seen: list = []  # noqa: RUF012
@@ -433,7 +472,7 @@ def test_self_conditioning_gives_the_network_its_last_guess():
             return super().forward(x, t)
 
     diffusion = GaussianDiffusion(SelfConditioned(), image_size=4, timesteps=20, beta_schedule="cosine")
-    states = list(diffusion.sample_progressive(2, seed=0))
+    states = list(diffusion.sample_progressive(2, sampler=sampler, seed=0))
     given = SelfConditioned.seen
     assert given[0] is None
     for guess, state in zip(given[1:], states[1:], strict=False):

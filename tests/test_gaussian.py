@@ -5,6 +5,7 @@ parameterization), every step is affine in x, so that the mean and covariance of
 finitely many steps follow from its rows alone. The samples must have them.
 """
 
+import itertools
 import math
 
 import pytest
@@ -27,6 +28,11 @@ RUNS = [
     ("ddim", 11, 0.0, "posterior"),
     ("ddim", [0, 3, 17, 29], 0.5, "posterior"),
     ("ddim", 11, 1.0, "posterior"),
+    ("dpmpp_2m", None, None, "posterior"),
+    ("dpmpp_2m", 11, None, "posterior"),
+    ("dpmpp_2m", [0, 3, 17, 29], None, "posterior"),
+    ("dpmpp_2m_sde", None, None, "posterior"),
+    ("dpmpp_2m_sde", 11, None, "posterior"),
 ]
 
 
@@ -60,15 +66,22 @@ def make(name, timesteps, objective, variance):
 
 
 def moments(diffusion, table):
-    """Mean and covariance after the run, from x_T ~ N(0, I), by the rows; and the affine map of each step."""
+    """Mean and covariance after the run, from x_T ~ N(0, I), by the rows; and the affine map of each step.
+
+    The maps are of (x, x0_prev), 6 numbers.
+    """
     model, eye = diffusion.model, torch.eye(3, dtype=torch.float64)
-    mean, covariance, maps = torch.zeros(3, dtype=torch.float64), eye, []
+    zero = torch.zeros_like(eye)
+    mean, covariance, maps = torch.zeros(6, dtype=torch.float64), torch.block_diag(eye, zero), []
     for k, t in enumerate(table.t.tolist()):
-        matrix = table.A[k] * eye + table.B[k] * model.gain[t]
-        offset = table.B[k] * model.shift[t]
-        mean, covariance = matrix @ mean + offset, matrix @ covariance @ matrix.T + table.sigma[k] ** 2 * eye
+        gain, shift = model.gain[t], model.shift[t]
+        x_start = torch.cat([gain, zero], dim=1)
+        matrix = torch.cat([torch.cat([table.A[k] * eye, table.C[k] * eye], dim=1) + table.B[k] * x_start, x_start])
+        offset = torch.cat([table.B[k] * shift, shift])
+        mean, covariance = matrix @ mean + offset, matrix @ covariance @ matrix.T
+        covariance[:3, :3] += table.sigma[k] ** 2 * eye
         maps.append((matrix, offset))
-    return mean, covariance, maps
+    return mean[:3], covariance[:3, :3], maps
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -84,10 +97,12 @@ def test_samples_follow_their_rows_exactly_and_in_distribution(
     samples = diffusion.sample(n, sampler=sampler, steps=steps, eta=eta, seed=11)
 
     # Exactly: the same run by its affine maps and the noise contract, sample by sample.
-    x = gaussian((n, 3), seed=11, dtype=torch.float64)
+    state = torch.zeros(n, 6, dtype=torch.float64)  # x and x0_prev
+    state[:, :3] = gaussian((n, 3), seed=11, dtype=torch.float64)
     for k, (matrix, offset) in enumerate(maps):
-        x = x @ matrix.T + offset + table.sigma[k] * gaussian((n, 3), seed=11, stream=k + 1, dtype=torch.float64)
-    torch.testing.assert_close(samples, x, rtol=0, atol=1e-9)
+        state = state @ matrix.T + offset
+        state[:, :3] += table.sigma[k] * gaussian((n, 3), seed=11, stream=k + 1, dtype=torch.float64)
+    torch.testing.assert_close(samples, state[:, :3], rtol=0, atol=1e-9)
 
     # In distribution: five standard errors of a mean and of a covariance over n samples.
     deviation = covariance.diagonal().sqrt()
@@ -98,12 +113,52 @@ def test_samples_follow_their_rows_exactly_and_in_distribution(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_many_small_steps_return_the_data(objective):
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+def test_many_small_steps_return_the_data(objective, sampler):
     """With T = 4000 the finite-T answer itself comes near the data: within 1 % of the largest covariance."""
     diffusion = make("linear", 4000, objective, "posterior")
-    mean, covariance, _ = moments(diffusion, diffusion.step_table("ddpm"))
+    mean, covariance, _ = moments(diffusion, diffusion.step_table(sampler))
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=5e-3)
     torch.testing.assert_close(covariance, COVARIANCE, rtol=0, atol=3e-3)
+
+
+def test_the_sde_of_second_order_reaches_the_variance_of_the_data_sooner():
+    """Four times the steps divide the error of the covariance by more than four, that of ancestral steps by less."""
+    diffusion = make("linear", 4000, "pred_v", "posterior")
+
+    def error(sampler, steps):
+        mean, covariance, _ = moments(diffusion, diffusion.step_table(sampler, steps))
+        torch.testing.assert_close(mean, MEAN, rtol=0, atol=1e-5)  # a_T = 7e-6: what x_T ~ N(0, I) leaves out
+        return (covariance - COVARIANCE).abs().max()
+
+    for steps in (50, 200):
+        assert error("dpmpp_2m_sde", steps) > 4 * error("dpmpp_2m_sde", 4 * steps)
+        assert error("ddpm", steps) < 4 * error("ddpm", 4 * steps)
+        assert error("dpmpp_2m_sde", steps) < error("ddpm", steps) / 3
+
+
+def flow(schedule, x, t, t_next):
+    """The probability flow, exactly: (S + e^2 I)^(-1/2) (x / a - mu) with e = s / a does not change along it."""
+    eigenvalues, vectors = torch.linalg.eigh(COVARIANCE)
+    a, e2 = schedule.sqrt_alphas_cumprod, 1 / schedule.snr
+    stretch = ((eigenvalues + e2[t_next]) / (eigenvalues + e2[t])).sqrt()
+    return a[t_next] * (MEAN + (x / a[t] - MEAN) @ (vectors * stretch) @ vectors.T)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+def test_the_order_of_a_sampler(sampler, order):
+    """Twice the steps from t = 3999 to 799 divide the error by 2^order; the last step, x0_hat at 799, is the same."""
+    diffusion = make("linear", 4000, "pred_v", "posterior")
+    x_T = gaussian((200, 3), seed=5, dtype=torch.float64)
+    x = flow(diffusion.schedule, x_T, 3999, 799)
+    exact = diffusion.model.x_start(x, torch.full((200,), 799))
+    errors = []
+    for steps in (50, 100, 200):
+        chosen = list(range(799, 4000, 3200 // steps))
+        sampled = diffusion.sample(200, sampler=sampler, steps=chosen, eta=None, noise=x_T)
+        errors.append((sampled - exact).square().mean().sqrt().item())
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

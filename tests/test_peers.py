@@ -180,6 +180,35 @@ def test_ddim_steps_are_those_of_diffusers(diffusers, eta):
     torch.testing.assert_close(sampled, (theirs + 1) / 2, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+@pytest.mark.parametrize("steps", [20, 8, 2, 1])  # both sides of 15, where their lower_order_final ends
+def test_dpm_solver_pp_steps_are_those_of_diffusers(diffusers, sampler, objective, steps):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type={"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}[objective],
+        algorithm_type={"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}[sampler],
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(steps)
+    ours = GaussianDiffusion(
+        Net(), image_size=8, objective=objective, beta_schedule="linear", rng="torch", clip_denoised=False
+    )
+    assert ours.step_table(sampler, steps).t.tolist() == scheduler.timesteps.tolist()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    generator, states = torch.Generator().manual_seed(3), [x]
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            noise = torch.randn(x.shape, generator=generator)
+            pred = ours.model(states[-1], t.expand(2))
+            states.append(scheduler.step(pred, t, states[-1], variance_noise=noise).prev_sample)
+    expected = torch.stack(states, dim=1)
+    sampled = ours.sample(
+        2, sampler=sampler, steps=steps, seed=torch.Generator().manual_seed(3), noise=x, return_all_timesteps=True
+    )
+    # Both in float32, theirs its coefficients too: 20 steps of a few roundings each, of the largest number there is.
+    torch.testing.assert_close(2 * sampled - 1, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def test_their_trainer_and_unet_take_the_class(lucidrains, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(100):

@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from ddpm_fast import samplers, schedules
+from ddpm_fast.parameterization import OBJECTIVES
 
 SCHEDULE = schedules.make("linear", 1000)
 
@@ -36,6 +39,70 @@ def test_every_sampler_keeps_the_marginals_where_it_should():
         here, after = abar[table.t], torch.cat([abar[table.t][1:], torch.ones(1, dtype=torch.float64)])
         torch.testing.assert_close(table.A * here.sqrt() + table.B, after.sqrt())
         torch.testing.assert_close(table.A**2 * (1 - here) + table.sigma**2, 1 - after, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sde", [False, True])
+def test_dpm_solver_pp_is_the_papers_recursion(sde):
+    """Lu et al. (2022), algorithm 2 and its SDE form, on numbers for what the network and the noise would be."""
+    steps = [999, 900, 850, 500, 320, 100]
+    alpha = [math.sqrt(SCHEDULE.alphas_cumprod[t]) for t in steps]
+    sigma = [math.sqrt(1 - SCHEDULE.alphas_cumprod[t]) for t in steps]
+    lam = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
+    x0, z = torch.randn(2, len(steps), generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+
+    table = samplers.dpmpp_2m(SCHEDULE, "pred_noise", steps, sde=sde)
+    assert table.t.tolist() == steps
+    expected = x = 1.7
+    for i in range(1, len(steps)):
+        h, D = lam[i] - lam[i - 1], x0[i - 1]
+        if i > 1:
+            r = (lam[i - 1] - lam[i - 2]) / h
+            D = (1 + 1 / (2 * r)) * x0[i - 1] - 1 / (2 * r) * x0[i - 2]
+        if sde:
+            expected = sigma[i] / sigma[i - 1] * math.exp(-h) * expected + alpha[i] * (1 - math.exp(-2 * h)) * D
+            expected += sigma[i] * math.sqrt(1 - math.exp(-2 * h)) * z[i]
+        else:
+            expected = sigma[i] / sigma[i - 1] * expected - alpha[i] * (math.exp(-h) - 1) * D
+        A, B, C, deviation = table.rows[i - 1, 2:].tolist()
+        x = A * x + B * x0[i - 1] + C * (x0[i - 2] if i > 1 else math.nan if C else 0) + deviation * z[i]
+        assert x == pytest.approx(expected, rel=1e-12)
+    assert table.rows[-1, 2:].tolist() == [0, 1, 0, 0]  # lambda = infinity: x0_hat, without noise
+
+
+@pytest.mark.parametrize("steps", [1000, 50, 3, 2, 1])
+@pytest.mark.parametrize("sde", [False, True])
+def test_dpm_solver_pp_with_two_equal_guesses_is_ddim(sde, steps):
+    """Its first order is DDIM, with eta = 1 for the SDE: Lu et al. (2022). One step or two are all of first order."""
+    table = samplers.dpmpp_2m(SCHEDULE, "pred_v", steps, sde=sde)
+    ddim = samplers.ddim(SCHEDULE, "pred_v", steps, eta=float(sde))
+    close = {"rtol": 1e-9, "atol": 1e-10}
+    for a, b in ((table.A, ddim.A), (table.B + table.C, ddim.B), (table.sigma, ddim.sigma)):
+        torch.testing.assert_close(a, b, **close)
+    assert torch.equal(table.rows[:, :2], ddim.rows[:, :2])
+    assert table.C[0] == table.C[-1] == 0
+    assert (table.C[1:-1] < 0).all()
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_dpm_solver_pp_rows_are_finite(name, objective):
+    schedule = schedules.make(name, 100)
+    for steps in (1, 2, 3, 20, 100):
+        for sde in (False, True):
+            assert samplers.dpmpp_2m(schedule, objective, steps, sde=sde).rows.isfinite().all()
+
+
+def test_dpm_solver_pp_of_a_schedule_that_ends_without_signal_begins_at_x0_hat():
+    """lambda -> -infinity: x_T says nothing of x_0, and v says -x_0. Lin et al. (2024)."""
+    schedule = schedules.NoiseSchedule([*SCHEDULE.betas.tolist(), 1 - 2**-53])
+    a, s = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    assert a[-1] < 1e-9
+    for sde in (False, True):
+        table = samplers.dpmpp_2m(schedule, "pred_v", 20, sde=sde)
+        assert table.rows.isfinite().all()
+        signal, noise = a[table.t[1]].item(), s[table.t[1]].item()
+        noisy = [0.0, signal, 0.0, noise] if sde else [noise, signal, 0.0, 0.0]
+        assert table.rows[0].tolist() == pytest.approx([0.0, -1.0, *noisy], abs=1e-6)
 
 
 def test_strided_timesteps_end_with_the_noisiest_and_may_be_given():
