@@ -62,7 +62,8 @@ class ResidualBlock(nn.Module):
         """
         h = self.norm1(x)
         h = self.conv1(h, bias=time) if time.dim() == 1 else self.conv1(h) + time[:, :, None, None]
-        return self.shortcut(x) + self.conv2(self.dropout(self.norm2(h)))
+        shortcut = self.shortcut(x)
+        return self.conv2(self.dropout(self.norm2(h)), plus=shortcut, overwrite=shortcut is not x)
 
 
 class Attention(nn.Module):

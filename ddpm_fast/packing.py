@@ -73,20 +73,31 @@ def _weights_for(x: Tensor, weight: Tensor) -> PackedWeights | None:
 class Conv2d(nn.Conv2d):
     """nn.Conv2d, channels-last and with packed weights where there are any."""
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, plus: Tensor | None = None, overwrite: bool = False
+    ) -> Tensor:
         """
         Args:
             x: (N, C, H, W).
             bias: (out_channels,), instead of the module's.
+            plus: added to the result, of its shape and dtype.
+            overwrite: plus may be written to, and is the result then: where nobody else needs it.
         """
         bias = self.bias if bias is None else bias
         weights = _weights_for(x, self.weight) if self.padding_mode == "zeros" else None
         if weights is None or isinstance(self.padding, str) or x.dim() != 4:
-            return self._conv_forward(x, self.weight, bias)
+            y = self._conv_forward(x, self.weight, bias)
+            return y if plus is None else y + plus
         how = (self.padding, self.stride, self.dilation, self.groups)
         weight = weights.get(self, lambda: _onednn._reorder_convolution_weight(self.weight.detach(), *how, x.shape))
         x = x.contiguous(memory_format=torch.channels_last)
-        return _onednn._convolution_pointwise(x, weight, bias, *how, "none", [], "")
+        if plus is None:
+            return _onednn._convolution_pointwise(x, weight, bias, *how, "none", [], "")
+        plus = plus.contiguous(memory_format=torch.channels_last)
+        adding = ("add", 1.0, None, [], None)
+        if overwrite:
+            return _onednn._convolution_pointwise_.binary(plus, x, weight, bias, *how, *adding)
+        return _onednn._convolution_pointwise.binary(x, plus, weight, bias, *how, *adding)
 
 
 class Linear(nn.Linear):
