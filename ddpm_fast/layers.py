@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view of channels-last memory
-        q, k, v = self.qkv(tokens).view(n, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.view(n, h * w, self.heads, -1).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, H * W, C / heads)
         y = self.out(y.transpose(1, 2).reshape(n, h * w, c))
         return x + y.view(n, h, w, c).permute(0, 3, 1, 2)
