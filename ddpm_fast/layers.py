@@ -3,6 +3,7 @@
 __all__ = ["Attention", "Downsample", "GroupNorm", "ResidualBlock", "TimeEmbedding", "Upsample"]
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,27 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
+
+    def remade(self, x: Tensor, y: Tensor) -> AbstractContextManager[None]:
+        """Within this context, what is saved for the backward pass holds x where it would hold y, which is `self(x)`.
+
+        y is made from x again when it is needed. That is a small part of the work of what comes after a norm, and saves
+        every second image of a network.
+        """
+        if not y.requires_grad or torch.compiler.is_compiling():
+            return nullcontext()
+        place, dtype = y.data_ptr(), y.dtype
+
+        def pack(saved: Tensor) -> Tensor | tuple:
+            if saved.data_ptr() == place and saved.dtype == dtype and saved.numel() == x.numel():
+                return saved.shape, saved.stride()
+            return saved
+
+        def unpack(kept: Tensor | tuple) -> Tensor:
+            # With create_graph, gradients are on here, and the graph goes on through x. Autocast is off.
+            return kept if isinstance(kept, Tensor) else self(x).to(dtype).as_strided(*kept)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class TimeEmbedding(nn.Module):
@@ -60,10 +82,14 @@ class ResidualBlock(nn.Module):
             time: (N, out_channels), added to what conv1 gives; or (out_channels,), which stands in for its bias: of
                 all samples alike, without a pass over the images.
         """
-        h = self.norm1(x)
-        h = self.conv1(h, bias=time) if time.dim() == 1 else self.conv1(h) + time[:, :, None, None]
-        shortcut = self.shortcut(x)
-        return self.conv2(self.dropout(self.norm2(h)), plus=shortcut, overwrite=shortcut is not x)
+        y = self.norm1(x)
+        with self.norm1.remade(x, y):
+            h = self.conv1(y, bias=time if time.dim() == 1 else None)
+        if time.dim() > 1:
+            h = h + time[:, :, None, None]
+        y, shortcut = self.norm2(h), self.shortcut(x)
+        with self.norm2.remade(h, y):
+            return self.conv2(self.dropout(y), plus=shortcut, overwrite=shortcut is not x)
 
 
 class Attention(nn.Module):
@@ -78,8 +104,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view of channels-last memory
-        q, k, v = (part.view(n, h * w, self.heads, -1).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=-1))
+        y = self.norm(x)
+        with self.norm.remade(x, y):
+            qkv = self.qkv(y.permute(0, 2, 3, 1).reshape(n, h * w, c))  # a view of channels-last memory
+        q, k, v = (part.view(n, h * w, self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, H * W, C / heads)
         y = self.out(y.transpose(1, 2).reshape(n, h * w, c))
         return x + y.view(n, h, w, c).permute(0, 3, 1, 2)
