@@ -1,9 +1,11 @@
 """The blocks of the U-Net. All tensors are channels-last, (N, C, H, W) over (N, H, W, C)."""
 
-__all__ = ["Attention", "Downsample", "GroupNorm", "ResidualBlock", "TimeEmbedding", "Upsample"]
+__all__ = ["Attention", "Downsample", "GroupNorm", "ResidualBlock", "TimeEmbedding", "Upsample", "all_kept"]
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,18 @@ from torch import Tensor, nn
 
 from . import ops
 from .packing import Conv2d, Linear
+
+_all_kept: ContextVar[bool] = ContextVar("all is kept", default=False)
+
+
+@contextmanager
+def all_kept() -> Iterator[None]:
+    """Within this context, norms are not made again: for gradient checkpointing, which would find their x in use."""
+    token = _all_kept.set(True)
+    try:
+        yield
+    finally:
+        _all_kept.reset(token)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -29,7 +43,7 @@ class GroupNorm(nn.GroupNorm):
         y is made from x again when it is needed. That is a small part of the work of what comes after a norm, and saves
         every second image of a network.
         """
-        if not y.requires_grad or torch.compiler.is_compiling():
+        if not y.requires_grad or torch.compiler.is_compiling() or _all_kept.get():
             return nullcontext()
         place, dtype = y.data_ptr(), y.dtype
 

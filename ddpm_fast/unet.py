@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from .checks import whole
-from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample
+from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample, all_kept
 from .packing import Conv2d, Linear
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,6 +45,8 @@ class UNet(nn.Module):
         dropout: before the last convolution of a residual block.
         norm_groups: groups of the group norms; divides dim.
         norm_eps: added to the variance in group norm.
+        gradient_checkpointing: keep what enters a block for the backward pass, and compute the block again then: a
+            third more work, for a fraction of the memory.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -63,6 +66,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         norm_groups: int = 32,
         norm_eps: float = 1e-6,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"image_size": image_size, "channels": channels, "dim": dim, "num_res_blocks": num_res_blocks}
@@ -71,6 +75,7 @@ class UNet(nn.Module):
             whole(name, value, 1)
         self.image_size = image_size
         self.channels = channels
+        self.gradient_checkpointing = gradient_checkpointing
         self.factor = 2 ** (len(dim_mults) - 1)
         dims = [dim * mult for mult in dim_mults]
         resolutions = [image_size >> level for level in range(len(dims))]
@@ -174,23 +179,29 @@ class UNet(nn.Module):
         times = self._projected(t) if time_row is None else time_row
         time = iter(times.split(self.blocks_out, dim=-1))  # in the order of `modules()`, that of the forward pass
 
+        def through(block: ResidualBlock, attention: nn.Module, *parts: Tensor) -> Tensor:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                with_all_kept = all_kept()(_through)
+                return checkpoint(with_all_kept, block, attention, next(time), *parts, use_reentrant=False)
+            return _through(block, attention, next(time), *parts)
+
         x = x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(x)
         skips = [h]
         for level in self.down:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(h, next(time)))
+                h = through(block, attention, h)
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h)
                 skips.append(h)
 
-        h = self.mid_block1(h, next(time))
-        h = self.mid_block2(self.mid_attention(h), next(time))
+        h = through(self.mid_block1, self.mid_attention, h)
+        h = self.mid_block2(h, next(time))
 
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), next(time)))
+                h = through(block, attention, h, skips.pop())
             if level.resample is not None:
                 h = level.resample(h)
         return self.conv_out(self.norm_out(h))
@@ -205,6 +216,10 @@ class UNet(nn.Module):
             )
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must have the shape ({len(x)},), one timestep a sample; got {tuple(t.shape)}")
+
+
+def _through(block: ResidualBlock, attention: nn.Module, time: Tensor, *parts: Tensor) -> Tensor:
+    return attention(block(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), time))
 
 
 class _Level(nn.Module):

@@ -238,14 +238,19 @@ def test_at_most_six_tenths_of_what_diffusers_keeps_are_kept_for_the_backward_pa
         return (kept(model, 3) - kept(model, 1)) / 2
 
     ours = an_image(UNet.preset("ddpm-cifar10-32", dropout=0.0))
+    least = an_image(UNet.preset("ddpm-cifar10-32", dropout=0.0, gradient_checkpointing=True))
     theirs = an_image(lambda x, t: peer(x, t).sample)
-    print(f"kept for backward, {dtype}: {ours / 2**20:.1f} MiB an image, diffusers {theirs / 2**20:.1f}")
+    sizes = ", ".join(f"{size / 2**20:.1f}" for size in (ours, least, theirs))
+    print(f"MiB kept for backward an image, {dtype}; with checkpointing; diffusers: {sizes}")
     assert ours <= 0.6 * theirs
+    assert least <= 0.5 * ours
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_what_is_made_again_for_the_backward_pass_changes_no_bit(monkeypatch, dropout):
+def test_what_is_made_again_for_the_backward_pass_changes_no_bit(monkeypatch, dropout, checkpointing):
     model, x, t = small(dropout=dropout).train(), torch.randn(2, 3, 16, 16), torch.tensor([5, 600])
+    model.gradient_checkpointing = checkpointing
 
     def gradients():
         torch.manual_seed(0)
@@ -253,6 +258,7 @@ def test_what_is_made_again_for_the_backward_pass_changes_no_bit(monkeypatch, dr
 
     made_again = gradients()
     monkeypatch.setattr(GroupNorm, "remade", lambda self, x, y: contextlib.nullcontext())
+    model.gradient_checkpointing = False
     assert all(map(torch.equal, made_again, gradients()))
 
 

@@ -83,6 +83,7 @@ class ModelConfig(_Section):
     dropout: float | None = Field(None, ge=0, lt=1)
     norm_groups: int | None = Field(None, gt=0)
     norm_eps: float | None = Field(None, gt=0)
+    gradient_checkpointing: bool | None = None
 
 
 class DiffusionConfig(_Section):
