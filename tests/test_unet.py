@@ -3,12 +3,10 @@ import contextlib
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ddpm_fast import UNet
 from ddpm_fast.layers import Attention, GroupNorm, ResidualBlock
+from ddpm_fast.training.estimate import Kept
 
 
 def randomise(model):
@@ -197,25 +195,6 @@ def test_inputs_that_do_not_fit_are_refused_when_it_is_called():
     with pytest.raises(ValueError, match=r"shape \(1,\), one timestep a sample; got \(2,\)"):
         model(torch.randn(1, 3, 16, 16), torch.tensor([1, 2]))
     assert model(torch.randn(1, 3, 32, 20), t).shape == (1, 3, 32, 20)
-
-
-class Kept(TorchDispatchMode):
-    """The memory that was allocated within the context, and is still there."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.storages.setdefault(StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes())
-        return result
-
-    @property
-    def bytes(self):
-        return sum(size for ref, size in self.storages.items() if not ref.expired())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -112,6 +112,7 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float | None = Field(1.0, gt=0, description="bound of the gradient's norm")
     ema_decay: float = Field(0.9999, ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network's arithmetic; weights stay fp32")
     save_every: int = Field(5000, gt=0)
     sample_every: int = Field(5000, gt=0)
 

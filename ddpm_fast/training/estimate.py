@@ -1,17 +1,20 @@
 """What a run will cost, from a few real steps of it."""
 
-__all__ = ["estimate"]
+__all__ = ["Kept", "estimate"]
 
 import resource
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .config import RunConfig, build_diffusion
-from .trainer import make_optimizer, pick_device
+from .trainer import autocast, make_optimizer, pick_device
 
 SECONDS = 10  # about how long the timed steps take together
 STEPS = 4  # timed
@@ -36,12 +39,21 @@ def estimate(config: RunConfig) -> str:
         shape = (n, diffusion.channels, *diffusion.image_size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
-    kept = _bytes_for_backward(diffusion, images(1))
+    def loss_of(data: torch.Tensor) -> torch.Tensor:
+        with autocast(device, config.training):
+            return diffusion(data)
+
+    def kept_for(data: torch.Tensor) -> int:
+        with Kept() as memory:
+            loss = loss_of(data)
+        return memory.bytes if loss.requires_grad else 0
+
+    kept = kept_for(images(2)) - kept_for(images(1))  # without what is kept once, such as weights in bfloat16
 
     def step(n: int) -> float:
         data = images(n)
         started = time.perf_counter()
-        diffusion(data).backward()
+        loss_of(data).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type != "cpu":
@@ -66,21 +78,24 @@ def estimate(config: RunConfig) -> str:
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
 
 
-def _bytes_for_backward(diffusion: torch.nn.Module, images: torch.Tensor) -> int:
-    """Bytes that autograd keeps from forward to backward, each storage once, the parameters not counted."""
-    storages = {}
-    ours = {p.untyped_storage().data_ptr() for p in diffusion.parameters()}
+class Kept(TorchDispatchMode):
+    """The memory that was allocated within the context and is still in use: what a forward pass keeps for backward."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[StorageWeakRef, int] = {}
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = diffusion(images)  # which keeps what was saved alive, so that no address is used twice
-    del loss
-    return sum(storages.values())
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self._sizes.setdefault(StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for storage, size in self._sizes.items() if not storage.expired())
 
 
 def _peak_bytes(device: torch.device) -> int:

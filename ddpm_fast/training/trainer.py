@@ -3,6 +3,7 @@
 __all__ = [
     "Run",
     "RunError",
+    "autocast",
     "load_run",
     "make_optimizer",
     "pick_device",
@@ -130,7 +131,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
             images = images.to(device, non_blocking=True)
             if config.data.flip:
                 images = _flip_half(images)
-            loss = diffusion(images, seed=noise_seed, sample_offset=step * c.batch_size)
+            with autocast(device, c):
+                loss = diffusion(images, seed=noise_seed, sample_offset=step * c.batch_size)
             loss.backward()
             if c.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_(diffusion.model.parameters(), c.grad_clip)
@@ -202,6 +204,11 @@ def make_optimizer(diffusion: GaussianDiffusion, c: TrainingConfig) -> torch.opt
     return torch.optim.AdamW(
         diffusion.model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True
     )
+
+
+def autocast(device: torch.device, c: TrainingConfig) -> torch.autocast:
+    """The forward pass in the config's precision: convolutions and products in bfloat16, losses in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bf16")
 
 
 def lr_factor(step: int, c: TrainingConfig) -> float:
