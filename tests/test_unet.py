@@ -245,3 +245,19 @@ def test_gradients_of_gradients_go_through_what_is_made_again(monkeypatch):
     block = randomise(ResidualBlock(8, 8, groups=2, eps=1e-6, dropout=0.0)).double()
     x, time = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 8, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(lambda x: block(x, time), x)
+
+
+def test_the_network_compiles_into_a_full_graph_forwards_and_backwards():
+    torch._dynamo.reset()
+    model = small(num_res_blocks=1, dim_mults=(1,), attention_resolutions=(16,))
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 600])
+    compiled = torch.compile(model, fullgraph=True)
+
+    def with_gradients(network):
+        y = network(x, t)
+        return y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))
+
+    torch.testing.assert_close(with_gradients(compiled), with_gradients(model), rtol=1e-4, atol=1e-4)
+    shared = torch.tensor(7).expand(2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, shared), model(x, shared), rtol=1e-4, atol=1e-5)
