@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (config.ConfigError, data.DataError, checkpoint.CheckpointError, trainer.RunError, OSError) as error:
         sys.exit(f"ddpm-fast {options.name}: {error}")
     except KeyboardInterrupt as interrupt:
-        print(f"\nddpm-fast {options.name}: {interrupt or 'stopped'}", file=sys.stderr)
+        print(f"\nddpm-fast {options.name}: {str(interrupt) or 'stopped'}", file=sys.stderr)
         sys.exit(130)  # as a shell tells a program that Ctrl-C ended
 
 
