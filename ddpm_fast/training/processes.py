@@ -45,7 +45,7 @@ class Processes:
             raise RunError(ENDED) from error
 
     def wait(self, meanwhile: Callable[[], object]) -> None:
-        """Until all processes are here, calling `meanwhile` many times a second.
+        """Until all processes are here; the first calls `meanwhile`, many times a second and when all have come.
 
         Raises:
             RunError: one of them has ended.
@@ -54,13 +54,15 @@ class Processes:
             return
         work = dist.barrier(self._group, async_op=True)
         while not work.is_completed():  # not work.wait(), in which Ctrl-C would go unheard
-            meanwhile()
+            if self.rank == 0:  # which may keep the sum, and may have left when the others know that all are here
+                meanwhile()
             time.sleep(POLL)
         try:
             work.wait()
         except RuntimeError as error:
             raise RunError(ENDED) from error
-        meanwhile()  # once more, since all have come
+        if self.rank == 0:
+            meanwhile()
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """The items of all processes, in the first of them; in the others nothing. Call it after `wait`."""
