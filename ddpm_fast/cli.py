@@ -4,6 +4,7 @@ __all__ = ["main"]
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (config.ConfigError, data.DataError, checkpoint.CheckpointError, trainer.RunError, OSError) as error:
         sys.exit(f"ddpm-fast {options.name}: {error}")
     except KeyboardInterrupt as interrupt:
-        print(f"\nddpm-fast {options.name}: {interrupt or 'stopped'}", file=sys.stderr)
+        print(f"\nddpm-fast {options.name}: {str(interrupt) or 'stopped'}", file=sys.stderr)
         sys.exit(130)  # as a shell tells a program that Ctrl-C ended
 
 
@@ -60,9 +61,11 @@ def sample(options: argparse.Namespace) -> None:
     run = trainer.load_run(options.run)
     chosen = {name: getattr(options, name) for name in ("n", "seed", "sampler", "steps")}
     try:
-        print(write_samples(run, options.out, **chosen))
+        written = write_samples(run, options.out, **chosen)
     except ValueError as error:
         sys.exit(f"ddpm-fast sample: {error}")
+    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started, one speaks
+        print(written)
 
 
 def estimate(options: argparse.Namespace) -> None:

@@ -60,6 +60,15 @@ def test_steps_that_cannot_be_are_told_without_a_traceback(tmp_path, monkeypatch
     assert "at least 1, got 0" in fails(capsys, "sample", "runs/mine", "-n", "0")
 
 
+@pytest.mark.parametrize(("raised", "told"), [(KeyboardInterrupt(), "stopped"), (KeyboardInterrupt("why"), "why")])
+def test_ctrl_c_is_told_and_ends_as_a_shell_expects(tmp_path, monkeypatch, capsys, raised, told):
+    def interrupted(folder):
+        raise raised
+
+    monkeypatch.setattr("ddpm_fast.training.trainer.load_run", interrupted)
+    assert fails(capsys, "sample", str(tmp_path)) == f"130\nddpm-fast sample: {told}\n"
+
+
 def test_estimate_tells_time_and_memory(tmp_path, capsys):
     (tmp_path / "mine.json").write_text(json.dumps(changed()))
     cli.main(["estimate", str(tmp_path / "mine.json")])

@@ -12,7 +12,7 @@ from test_data import FASHION
 
 from ddpm_fast.training import checkpoint, data, demo, trainer
 from ddpm_fast.training.config import ConfigError, build_diffusion, check, load
-from ddpm_fast.training.pictures import save_grid, to_uint8
+from ddpm_fast.training.pictures import save_grid, save_images, to_uint8
 from ddpm_fast.training.sampling import write_samples
 
 
@@ -209,6 +209,24 @@ def test_samples_are_the_same_in_a_grid_and_in_files_and_for_any_number(finished
         assert grid.size == ((3 * 9 + 1) * 6, (2 * 9 + 1) * 6)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         write_samples(finished, tmp_path / "none", n=0)
+
+
+def test_an_interrupted_save_leaves_the_image_that_was_there(tmp_path, monkeypatch):
+    images = torch.rand(2, 3, 8, 8)
+    save_images(images, tmp_path)
+    save_grid(images, tmp_path / "grid.jpg")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["000000.png", "000001.png", "grid.jpg"]
+
+    def half(self, path, *arguments):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    for save in (lambda: save_images(1 - images, tmp_path), lambda: save_grid(1 - images, tmp_path / "grid.jpg")):
+        with pytest.raises(KeyboardInterrupt):
+            save()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"])

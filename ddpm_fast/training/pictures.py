@@ -21,6 +21,16 @@ def _to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
+def _save(picture: Image.Image, path: Path) -> None:
+    """`path` is whole or not there, as it was, if the save is interrupted."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        picture.save(temporary, Image.registered_extensions()[path.suffix.lower()])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """One picture of many, small ones enlarged to about 48 pixels.
 
@@ -36,13 +46,13 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
         y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         sheet[:, y : y + h, x : x + w] = image
     scale = max(1, round(48 / h))
-    _to_pil(sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)).save(path)
+    _save(_to_pil(sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)), path)
 
 
 def save_images(images: Tensor, folder: Path, first: int = 0) -> None:
     """One file an image, numbered from `first`. images: (N, C, H, W), in [0, 1]."""
     for i, image in enumerate(to_uint8(images), first):
-        _to_pil(image).save(folder / f"{i:06d}.png")
+        _save(_to_pil(image), folder / f"{i:06d}.png")
 
 
 def save_loss(history: list[tuple[int, float]], path: Path) -> None:

@@ -14,6 +14,7 @@ __all__ = [
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -60,8 +61,14 @@ class Run:
 
 
 def pick_device() -> torch.device:
+    """The current accelerator, or else the CPU. Of several processes on a machine, each takes one of its own."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    if accelerator is None:
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:  # which a launcher sets; processes share accelerators where there are more of them
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+        return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    return accelerator
 
 
 def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
