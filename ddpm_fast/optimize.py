@@ -59,7 +59,8 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
 
     Raises:
         TypeError: not a module, or one of TorchScript, torch.compile or DistributedDataParallel.
-        ValueError: a dtype that is not floating, a model optimised before, or parameters on the meta device.
+        ValueError: a dtype that is not floating, a model optimised before, one with a `forward` of its own object, or
+            parameters on the meta device.
     """
     network = _network(model)
     floats = [p for p in network.parameters() if p.is_floating_point()]
@@ -67,6 +68,10 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
         raise ValueError("the model has parameters on the meta device: load its weights first")
     if any(hasattr(m, _STATE) or type(m) in _OURS for m in network.modules()):
         raise ValueError("the model, or a part of it, is optimised already: ddpm_fast.restore it first")
+    if "forward" in vars(network):
+        raise ValueError(
+            "the model's forward was replaced on this very object, as by hooks of accelerate: undo that first"
+        )
     if dtype is None:
         dtype = _fast_dtype(floats)
     elif not dtype.is_floating_point:
@@ -263,6 +268,8 @@ def _each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def _kind(module: nn.Module) -> type | None:
     """The class that takes the place of the module's own."""
+    if "forward" in vars(module):
+        return None
     if type(module) is nn.Conv2d:
         return _Conv2d
     if type(module) is nn.Linear:
@@ -417,7 +424,12 @@ class _Pending(Tensor):
             return self.silu()
         if isinstance(other, _Pending) and other is self._sigmoid_of and self._value is None:
             return other.silu()
-        if self._open() and self._factor is self._scale is None and self._of_channels(other) and not other.is_cuda:
+        if (
+            self._open()
+            and self._factor is self._scale is None
+            and self._of_channels(other)
+            and other.device.type == "cpu"
+        ):
             # What it was made of, if it was made as 1 + scale. Another factor near 0 would be rounded as if near 1.
             scale = other - 1
             if torch.equal(scale + 1, other):
