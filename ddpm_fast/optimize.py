@@ -84,14 +84,12 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
             state.classes[name] = type(module)
             module.__class__ = kind
     for name, tensor in _tensors(network):
-        new = tensor.data
-        if dtype is not None:
-            new = new.to(dtype)
-        if tensor.dim() == 4 and isinstance(tensor, nn.Parameter):
-            new = new.contiguous(memory_format=torch.channels_last)
-        if new is not tensor.data:
-            kept = tensor.data if new.dtype != tensor.dtype else None
-            state.tensors[name] = _Former(tensor.dtype, tensor.stride(), kept)
+        old = tensor.data
+        images = tensor.dim() == 4 and isinstance(tensor, nn.Parameter)
+        layout = torch.channels_last if images else torch.preserve_format
+        new = old.to(dtype or old.dtype, memory_format=layout)
+        if new is not old:
+            state.tensors[name] = _Former(old.dtype, old.stride(), old if new.dtype != old.dtype else None)
             _replace(tensor, new)
     setattr(network, _STATE, state)
     network.__class__ = _optimized(type(network))
@@ -318,7 +316,10 @@ def _arriving(x: Tensor, weight: Tensor) -> Tensor:
 
 class _Conv2d(packing.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_arriving(x, self.weight))
+        x = _arriving(x, self.weight)
+        if x.dim() == 4:  # others' code drops the format, on purpose for large batches or before a shortcut
+            x = x.contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
 
 
 class _Linear(packing.Linear):

@@ -297,8 +297,9 @@ def test_scale_and_shift_are_fused_where_that_is_exact(dtype, factor):
         torch.testing.assert_close(y.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_images_are_channels_last_inside():
-    model, seen = optimize(make("diffusers"), torch.bfloat16), []
+@pytest.mark.parametrize("train", [False, True])
+def test_images_are_channels_last_inside(train):
+    model, seen = optimize(make("diffusers").train(train), torch.bfloat16), []
 
     def look(module, args, output):
         seen.append(output.is_contiguous(memory_format=torch.channels_last))
@@ -306,7 +307,8 @@ def test_images_are_channels_last_inside():
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(look)
-    predict(model, *inputs(64))  # where Upsample2D drops the format
+    with torch.set_grad_enabled(train):
+        model(*inputs(64))  # where Upsample2D drops the format, as shortcuts do in training
     assert seen
     assert all(seen)
 
@@ -381,6 +383,18 @@ def test_an_input_changed_in_between_is_an_error_and_not_a_wrong_number():
             F.silu(h)
 
 
+@pytest.mark.parametrize("at_norm", [False, True])
+def test_gradients_are_those_of_the_mode_that_each_operation_is_in(at_norm):
+    norm = optimize(nn.Sequential(nn.GroupNorm(2, 8)), torch.float32)[0]
+    for use in (F.silu, torch.sigmoid, lambda h: h * h.new_ones(2, 8, 1, 1) + h.new_ones(2, 8, 1, 1)):
+        with torch.set_grad_enabled(at_norm):
+            h = norm(torch.randn(2, 8, 6, 6))
+        with torch.set_grad_enabled(not at_norm):
+            y = use(h) + 0
+        assert not y.requires_grad
+        assert (h + 0).requires_grad == at_norm
+
+
 def test_a_gradient_that_would_be_lost_is_an_error():
     class Twice(torch.autograd.Function):
         @staticmethod
@@ -402,6 +416,8 @@ def test_a_gradient_that_would_be_lost_is_an_error():
 def test_what_comes_out_of_a_model_is_computed():
     model = optimize(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8)), torch.float32)
     assert type(model(inputs()[0])) is torch.Tensor
+    model = optimize(nn.Sequential(nn.Embedding(9, 8), nn.Flatten(2), nn.GroupNorm(2, 8)), torch.float32)
+    assert type(model(torch.arange(8)[None])) is torch.Tensor  # nothing is cast
 
 
 def test_hooks_see_tensors():
@@ -449,6 +465,16 @@ def test_restore_gives_back_what_was(name):
     assert not [key for key in vars(model) if "ddpm_fast" in key]
 
 
+def test_weights_that_need_no_change_keep_their_memory():
+    model = make("plain")
+    before = {k: p.data_ptr() for k, p in model.named_parameters()}
+    optimize(model, torch.float32)
+    kept = {k for k, p in model.named_parameters() if p.data_ptr() == before[k]}
+    assert kept == {k for k in before if k.endswith("bias") or k.startswith(("1", "4"))}
+    restore(model)
+    assert {k for k, p in model.named_parameters() if p.data_ptr() == before[k]} == kept
+
+
 def test_changed_weights_are_converted_back_and_others_restored():
     model = make("plain")
     first, second = model[0].weight.clone(), model[3].weight.clone()
@@ -459,6 +485,7 @@ def test_changed_weights_are_converted_back_and_others_restored():
     restore(model)
     assert torch.equal(model[0].weight, changed)
     assert not torch.equal(changed, 2 * first)
+    assert model[0].weight.is_contiguous()
     assert torch.equal(model[3].weight, second)
 
 
