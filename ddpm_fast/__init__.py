@@ -1,12 +1,24 @@
 """Denoising diffusion models in PyTorch: training, sampling, and noise that belongs to an image."""
 
-__all__ = ["GaussianDiffusion", "UNet", "__version__", "backend", "noise", "ops", "samplers", "schedules"]
+__all__ = [
+    "GaussianDiffusion",
+    "UNet",
+    "__version__",
+    "backend",
+    "noise",
+    "ops",
+    "optimize",
+    "restore",
+    "samplers",
+    "schedules",
+]
 
 from importlib.metadata import version
 
 from . import noise, ops, samplers, schedules
 from .diffusion import GaussianDiffusion
 from .ops import backend
+from .optimize import optimize, restore
 from .unet import UNet
 
 __version__ = version("ddpm_fast")

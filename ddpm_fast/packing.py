@@ -5,7 +5,7 @@ small images that takes as long as the arithmetic. Within `packed`, without grad
 the reordered weights. Everywhere else they are the modules of torch.nn.
 """
 
-__all__ = ["Conv2d", "Linear", "PackedWeights", "packed"]
+__all__ = ["DTYPES", "Conv2d", "Linear", "PackedWeights", "packed"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,35 +16,72 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-# What TorchInductor calls too; empty where PyTorch was built without oneDNN.
+# What TorchInductor calls too.
 _onednn = torch.ops.mkldnn
-_DTYPES = ()
+# That can be packed; none where PyTorch was built without oneDNN.
+DTYPES = ()
 if torch.backends.mkldnn.is_available():
-    _DTYPES = (torch.float32, torch.bfloat16) if _onednn._is_mkldnn_bf16_supported() else (torch.float32,)
+    DTYPES = (torch.float32, torch.bfloat16) if _onednn._is_mkldnn_bf16_supported() else (torch.float32,)
+
+
+_WATCHED = 32  # elements of a weight that tell whether it has changed
 
 
 class _Entry(NamedTuple):
     weight: Tensor  # as the module has it
     version: int
     packed: Tensor
+    pointer: int
+    watched: Tensor  # a view of some of its elements, (<= _WATCHED,)
+    values: Tensor  # what they were when it was packed
 
 
 class PackedWeights:
     """The packed weights of modules, each made when it is first needed and when its weight was replaced or written to.
 
-    Writes through `weight.data` go unseen: make new ones after those.
+    Writes through `weight.data` are seen by `refresh` alone. Copies and pickles are empty.
     """
 
     def __init__(self) -> None:
         self._entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+        self._watched: tuple[list[_Entry], list[Tensor], Tensor] | None = None
+
+    def __reduce__(self) -> tuple:
+        return PackedWeights, ()
 
     def get(self, module: nn.Module, pack: Callable[[], Tensor]) -> Tensor:
         weight = module.weight
         version = 0 if weight.is_inference() else weight._version
         entry = self._entries.get(module)
         if entry is None or entry.weight is not weight or entry.version != version:
-            entry = self._entries[module] = _Entry(weight, version, pack())
+            watched = _some_of(weight.detach())
+            entry = _Entry(weight, version, pack(), weight.data_ptr(), watched, watched.clone())
+            self._entries[module], self._watched = entry, None
         return entry.packed
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Forgets all weights if one was written to through `weight.data`, which does not count as a new version.
+
+        Such writes are those of an average or of an old optimizer, which change all weights a little, so that some
+        elements of each tell. One that spares all of these goes unseen.
+        """
+        if self._watched is None or len(self._watched[0]) != len(self._entries):
+            if not self._entries:
+                return
+            entries = list(self._entries.values())
+            self._watched = entries, [e.watched for e in entries], torch.cat([e.values for e in entries])
+        entries, watched, values = self._watched
+        moved = any(e.weight.data_ptr() != e.pointer for e in entries)
+        if moved or not torch.equal(torch.cat(watched), values):
+            self._entries.clear()
+            self._watched = None
+
+
+def _some_of(weight: Tensor) -> Tensor:
+    """A view of elements that lie evenly in its memory, an odd distance apart: not all of one tap of the filters."""
+    step = (max(1, weight.numel() // _WATCHED) - 1) | 1
+    return weight.as_strided((min(weight.numel(), _WATCHED),), (step,))
 
 
 _current: ContextVar[PackedWeights | None] = ContextVar("packed weights", default=None)
@@ -67,7 +104,7 @@ def _weights_for(x: Tensor, weight: Tensor) -> PackedWeights | None:
     if weights is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     plain = type(x) is Tensor and x.device.type == "cpu" and x.numel() > 0
-    return weights if plain and x.dtype == weight.dtype and x.dtype in _DTYPES else None
+    return weights if plain and x.dtype == weight.dtype and x.dtype in DTYPES else None
 
 
 class Conv2d(nn.Conv2d):
