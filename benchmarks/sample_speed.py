@@ -86,8 +86,8 @@ def check(ours: dict[torch.dtype, UNet], theirs: dict[torch.dtype, nn.Module], x
     with speed.without_tf32(x.device.type):
         exact = theirs[torch.float32](x, t).sample
         error = (predicted(ours[torch.float32], x, t) - exact).abs().max() / exact.abs().max()
-        # 60 layers of sums of up to 9 * 512 products: 2^-24 sqrt(60 * 9 * 512) = 3e-5, were all errors independent.
-        assert error < 1e-4, f"fp32: {error:.1e} of the largest output apart"
+        # 60 layers of sums of up to 9 * 512 products, were all roundings independent: 2^-24 sqrt(60 * 9 * 512).
+        assert error < 3e-5, f"fp32: {error:.1e} of the largest output apart"
     if torch.bfloat16 in ours:
         dtype = torch.bfloat16
         our_error, their_error = (
