@@ -48,7 +48,7 @@ def options(description: str) -> argparse.Namespace:
     parser.add_argument("--batch", type=_at_least(1), default=8, help="images in a step (default: 8)")
     parser.add_argument("--preset", choices=PRESETS, default="ddpm-cifar10-32", help="the network")
     rounds = f"of all contenders in turns (default: as many as take {SECONDS} seconds, {FEWEST} at least)"
-    parser.add_argument("--rounds", type=_at_least(2), help=rounds)
+    parser.add_argument("--rounds", type=_at_least(3), help=rounds)
     parser.add_argument("--compile", action="store_true", help="torch.compile of diffusers too: minutes more")
     parser.add_argument("--threads", type=_at_least(1), default=1, help="on a CPU (default: 1, pinned to one core)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
