@@ -5,29 +5,66 @@ import time
 from collections.abc import Callable
 
 ROUNDS = 15
+AT_LEAST = 2e-3  # seconds of a measurement: what is shorter is repeated
+
+Contenders = dict[str, Callable[[], object]]
 
 
-def medians(contenders: dict[str, Callable[[], object]], rounds: int = ROUNDS, at_least: float = 2e-3) -> dict:
-    """The median seconds of a call, and the quartiles around it: {name: (low, median, high)}.
+def seconds_of(
+    function: Callable[[], object], synchronize: Callable[[], object] = lambda: None, calls: int = 1
+) -> float:
+    """The seconds of a call, the device's included."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def in_turns(
+    contenders: Contenders,
+    calls: dict[str, int],
+    rounds: int,
+    *,
+    synchronize: Callable[[], object] = lambda: None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> dict[str, list[float]]:
+    """The seconds of a call in every round.
 
     Args:
-        contenders: each is called twice before it is timed (compilation, first touch of memory).
-        at_least: short calls are repeated until a measurement lasts so many seconds.
+        calls: of each contender, in one measurement.
+        synchronize: waits for the device.
+        progress: is told how many rounds are done.
     """
-    repeats = {}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for done in range(rounds):
+        progress(done)
+        for name, function in contenders.items():
+            times[name].append(seconds_of(function, synchronize, calls=calls[name]))
+    return times
+
+
+def calls_for(seconds: float) -> int:
+    """How many calls of so many seconds make a measurement."""
+    return max(1, round(AT_LEAST / seconds))
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(times, n=4)
+    return low, median, high
+
+
+def medians(contenders: Contenders, rounds: int = ROUNDS) -> dict[str, tuple[float, float, float]]:
+    """The median seconds of a call, and the quartiles around it: {name: (low, median, high)}.
+
+    Each is called twice before it is timed (compilation, first touch of memory).
+    """
+    calls = {}
     for name, function in contenders.items():
         function()
-        start = time.perf_counter()
-        function()
-        repeats[name] = max(1, round(at_least / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, function in contenders.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                function()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: tuple(statistics.quantiles(found, n=4)) for name, found in times.items()}
+        calls[name] = calls_for(seconds_of(function))
+    return {name: quartiles(found) for name, found in in_turns(contenders, calls, rounds).items()}
 
 
 def table(title: str, times: dict, ours: str, copy: str, copied_bytes: int, moved: dict[str, int]) -> str:

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers_weights import to_ddpm_fast
+from diffusers_weights import to_ddpm_fast, unet_2d_config
 from PIL import Image
 from torch import nn
 
@@ -109,33 +109,31 @@ def test_the_default_sampling_draws_the_same_images(lucidrains, arguments):
     torch.testing.assert_close(b[:, -1], a[:, -1], rtol=0, atol=1e-3)
 
 
-UNETS = {
+UNETS = {  # as published
     "ddpm-cifar10-32": {
         "sample_size": 32,
         "block_out_channels": (128, 256, 256, 256),
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
     },
     "ddpm-256": {
         "sample_size": 256,
         "block_out_channels": (128, 128, 256, 256, 512, 512),
         "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
     },
 }
 
 
 @pytest.mark.parametrize(("name", "size"), [("ddpm-cifar10-32", 32), ("ddpm-256", 64)])
 def test_the_presets_are_the_networks_of_diffusers(diffusers, name, size):
-    theirs = diffusers.UNet2DModel(
-        **UNETS[name],
-        layers_per_block=2,
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    ).eval()
+    config = unet_2d_config(name)
+    assert config.items() >= UNETS[name].items()
+    theirs = diffusers.UNet2DModel(**config).eval()
     ours = UNet.preset(name).eval()
     to_ddpm_fast(theirs, ours)
     x, t = torch.randn(2, 3, size, size), torch.tensor([3, 977])

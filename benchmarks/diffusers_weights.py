@@ -1,6 +1,32 @@
-"""Weights of diffusers' UNet2DModel under the names of `UNet`."""
+"""The network of a preset in diffusers, and its weights under the names of `UNet`."""
+
+from typing import Any
 
 import torch
+
+from ddpm_fast.unet import PRESETS
+
+
+def unet_2d_config(preset: str) -> dict[str, Any]:
+    """The arguments of a UNet2DModel of the same structure as the preset; without dropout, as diffusers' own are."""
+    given = PRESETS[preset]
+    size, channels, dim = given["image_size"], given.get("channels", 3), given.get("dim", 128)
+    attending = [size >> level in given["attention_resolutions"] for level in range(len(given["dim_mults"]))]
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": tuple(dim * mult for mult in given["dim_mults"]),
+        "down_block_types": tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in attending),
+        "up_block_types": tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attending)),
+        "layers_per_block": given.get("num_res_blocks", 2),
+        "norm_num_groups": given.get("norm_groups", 32),
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    }
 
 
 def to_ddpm_fast(source, target):

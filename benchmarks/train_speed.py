@@ -1,0 +1,192 @@
+"""A training step, from uint8 images to averaged weights, beside the packages that this one replaces.
+
+Forward, backward, fused AdamW and EMA, with random weights, the same for ddpm_fast and diffusers; that both have the
+same loss is asserted first.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import speed
+import torch
+import torch.nn.functional as F
+from speed import DIFFUSERS, LUCIDRAINS, OURS, SHORT, Contender, T
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ddpm_fast
+from ddpm_fast import GaussianDiffusion
+
+Loss = Callable[..., Tensor]  # of images, and of timesteps and noise unless it draws them
+
+
+class Trainer:
+    """A module with its optimizer and its average."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=2e-4, fused=True)
+        self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
+        # The first step makes the moments, and the first update copies: both done here, so that all steps are alike.
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+        self._update()
+
+    def step(self, loss: Tensor) -> None:
+        loss.backward()
+        self._update()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update_parameters(self.module)
+
+
+def autocast(dtype: torch.dtype, device: str) -> AbstractContextManager:
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+
+def our_loss(diffusion: GaussianDiffusion, dtype: torch.dtype) -> Loss:
+    def loss(images: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        with autocast(dtype, images.device.type):
+            return diffusion(images, noise, times=t)
+
+    return loss
+
+
+def their_loss(network: nn.Module, dtype: torch.dtype, layout: torch.memory_format, device: str) -> Loss:
+    """As in the training examples of diffusers."""
+    scheduler = speed.diffusers_scheduler(device)
+
+    def loss(images: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        x = (images.float() / 127.5 - 1).contiguous(memory_format=layout)
+        t = torch.randint(T, (len(x),), device=x.device) if t is None else t
+        noise = torch.randn_like(x) if noise is None else noise
+        x_t = scheduler.add_noise(x, noise, t)
+        with autocast(dtype, x.device.type):
+            pred = network(x_t, t).sample
+        return F.mse_loss(pred.float(), noise)
+
+    return loss
+
+
+class WeightCasts(TorchDispatchMode):
+    """Finds the memory of weights that autocast has cast."""
+
+    def __init__(self, held: set[int]) -> None:
+        super().__init__()
+        self.held, self.casts = held, []  # tensors, lest their memory is used for something else
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten._to_copy.default and args[0].untyped_storage().data_ptr() in self.held:
+            self.casts.append(result)
+        return result
+
+
+def count(module: nn.Module, loss: Loss, images: Tensor) -> tuple[int, int]:
+    """FLOPs, and the bytes that autograd keeps from forward to backward, of an image.
+
+    Each storage counts once; weights, buffers and casts of them do not.
+    """
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    held = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())}
+    with speed.flop_counter() as counter:
+        with WeightCasts(held) as weights, saved_tensors_hooks(keep, lambda tensor: tensor):
+            value = loss(images[:1])  # keeps what was saved alive, so that no address is used twice
+        value.backward()
+    module.zero_grad()
+    for address in held | {x.untyped_storage().data_ptr() for x in weights.casts}:
+        kept.pop(address, None)
+    return counter.get_total_flops(), sum(kept.values())
+
+
+@torch.no_grad()
+def check(ours: dict[torch.dtype, Loss], theirs: dict[torch.dtype, Loss], images: Tensor) -> None:
+    """Asserts that the losses are equal for the same images, timesteps and noise."""
+    device = images.device
+    given = {
+        "t": torch.linspace(T // 10, T - 1, len(images), device=device).long(),
+        "noise": torch.randn(images.shape).to(device),
+    }
+    with speed.without_tf32(device.type):
+        exact = theirs[torch.float32](images, **given)
+        for dtype, loss in ours.items():
+            error, their_error = ((found(images, **given) - exact).abs() / exact for found in (loss, theirs[dtype]))
+            # The mean over all pixels is more exact than a prediction, but for what their errors have in common.
+            bound = 1e-4 if dtype == torch.float32 else max(1.5 * their_error, 2**-8)
+            assert error < bound, f"{SHORT[dtype]}: {error:.1e} of the loss apart, diffusers itself {their_error:.1e}"
+
+
+def main() -> None:
+    args = speed.options(__doc__)
+    networks = speed.networks(args.preset, args.device)
+    dtypes = speed.dtypes(args.device)
+    size, channels = networks.ours.image_size, networks.ours.channels
+    images = torch.randint(256, (args.batch, channels, size, size), dtype=torch.uint8).to(args.device)
+    contenders = []
+
+    def contend(family: str, dtype: torch.dtype, how: str, trainer: Trainer, loss: Loss, **more: object) -> None:
+        def step() -> None:
+            trainer.step(loss(images))
+
+        flops, kept = more.pop("counted", None) or count(trainer.module, loss, images)
+        more = {"peer": family == DIFFUSERS and not more.get("compiled", False)} | more
+        found = {"bytes_for_backward": kept}
+        contenders.append(Contender(family, dtype, how, step, flops * args.batch, extra=found, **more))
+
+    diffusion = GaussianDiffusion(
+        networks.ours, image_size=size, objective="pred_noise", beta_schedule="linear"
+    ).to(args.device)  # fmt: skip
+    our_losses = {dtype: our_loss(diffusion, dtype) for dtype in dtypes}
+    theirs = {}
+    if networks.diffusers is not None:
+        theirs = {dtypes[0]: networks.diffusers} | {d: speed.in_channels_last(networks.diffusers) for d in dtypes[1:]}
+        layouts = dict(zip(dtypes, (torch.contiguous_format, torch.channels_last), strict=False))
+        their_losses = {d: their_loss(network, d, layouts[d], args.device) for d, network in theirs.items()}
+        check(our_losses, their_losses, images)
+
+    trainer = Trainer(diffusion)  # of all of ours: they differ in arithmetic, not in what they hold
+    for dtype, loss in our_losses.items():
+        contend(OURS, dtype, "", trainer, loss)
+
+    def by_reference(images: Tensor) -> Tensor:
+        with ddpm_fast.backend("reference"):
+            return our_losses[dtypes[-1]](images)
+
+    contend(OURS, dtypes[-1], "reference", trainer, by_reference)
+    for dtype, network in theirs.items():
+        trainer = Trainer(network)
+        contend(DIFFUSERS, dtype, "" if dtype == torch.float32 else "channels-last", trainer, their_losses[dtype])
+        if args.compile:
+            eager = contenders[-1]
+            counted = eager.flops // args.batch, None  # what it keeps for backward is not known beforehand
+            loss = their_loss(speed.compiled(network, args.device), dtype, layouts[dtype], args.device)
+            contend(DIFFUSERS, dtype, "compiled", trainer, loss, compiled=True, counted=counted)
+    if networks.lucidrains is not None:
+        lucidrains = networks.lucidrains
+        contend(LUCIDRAINS, dtypes[0], "", Trainer(lucidrains), lambda images: lucidrains(images.float() / 255))
+
+    report = speed.measure(contenders, networks.missing, args)
+    kept_by_peers = {c.dtype: c.extra["bytes_for_backward"] for c in contenders if c.peer}
+    for row, c in zip(report["contenders"], contenders, strict=True):
+        peer, kept = kept_by_peers.get(c.dtype), row["bytes_for_backward"]
+        row["images_per_s"] = args.batch / row["median_s"]
+        row["bytes_of_same_dtype"] = kept / peer if kept and peer and c.family != LUCIDRAINS else None
+    columns = {
+        "images/s": lambda row: f"{row['images_per_s']:.3g}",
+        "kept MiB/image": lambda row: speed.mebibytes(row["bytes_for_backward"]),
+        "of same dtype": lambda row: speed.times(row["bytes_of_same_dtype"]),
+    }
+    speed.publish("A training step", report, columns, args)
+
+
+if __name__ == "__main__":
+    main()

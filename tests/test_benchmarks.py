@@ -1,0 +1,66 @@
+"""The scripts in benchmarks/ run to the end and write what they say; how fast anything is, no test asks."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+TINY = ["--preset", "digits-8", "--batch", "2", "--rounds", "3", "--device", "cpu"]
+PEERS = ("diffusers", "denoising_diffusion_pytorch")
+SCRIPTS = ("sample_speed", "train_speed")
+
+
+def run(command, folder):
+    finished = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_prints_a_table_and_writes_all_it_found(script, tmp_path):
+    files = ["--json", "report.json", "--plot", "plot.png"]
+    finished = run([FOLDER / f"{script}.py", *TINY, *files], tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    dtypes = list(report["matrix_rate"])
+    expected = [("ddpm_fast", dtype, "") for dtype in dtypes] + [("ddpm_fast", dtypes[-1], "reference")]
+    if find_spec("diffusers"):
+        expected += [("diffusers", dtype, "" if dtype == "fp32" else "channels-last") for dtype in dtypes]
+    if find_spec("denoising_diffusion_pytorch"):
+        expected.append(("denoising_diffusion_pytorch", "fp32", ""))
+    assert [(row["family"], row["dtype"], row["how"]) for row in report["contenders"]] == expected
+    assert set(report["missing"]) == {name for name in PEERS if not find_spec(name)}
+    for row in report["contenders"]:
+        assert row["name"] in finished.stdout
+        assert len(row["seconds"]) == report["rounds"] == 3
+        assert row["low_s"] <= row["median_s"] <= row["high_s"]
+        assert row["gflop"] > 0
+        assert (row["speed_up"] is None) == (row["family"] == PEERS[1] or "diffusers" in report["missing"])
+        if script == "train_speed":
+            assert row["bytes_for_backward"] > 0
+    assert len({row["gflop"] for row in report["contenders"] if row["family"] != PEERS[1]}) == 1  # one network
+    environment = report["environment"]
+    assert {"date", "commit", "versions", "cpu", "isa", "threads", "preset", "batch"} <= set(environment)
+    assert environment["threads"] == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_peers_may_be_missing(script, tmp_path):
+    without = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({PEERS}))  # as None, they cannot be imported
+sys.path.insert(0, {str(FOLDER)!r})
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    finished = run(["-c", without, FOLDER / f"{script}.py", *TINY, "--json", "report.json"], tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {row["family"] for row in report["contenders"]} == {"ddpm_fast"}
+    assert set(report["missing"]) == set(PEERS)
+    for output in (finished.stdout, finished.stderr):
+        assert 'pip install ".[compat]"' in output
