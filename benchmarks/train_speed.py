@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from speed import DIFFUSERS, LUCIDRAINS, OURS, SHORT, Contender, T
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_fast
 from ddpm_fast import GaussianDiffusion
+from ddpm_fast.training.estimate import Kept
 
 Loss = Callable[..., Tensor]  # of images, and of timesteps and noise unless it draws them
 
@@ -72,40 +71,18 @@ def their_loss(network: nn.Module, dtype: torch.dtype, layout: torch.memory_form
     return loss
 
 
-class WeightCasts(TorchDispatchMode):
-    """Finds the memory of weights that autocast has cast."""
-
-    def __init__(self, held: set[int]) -> None:
-        super().__init__()
-        self.held, self.casts = held, []  # tensors, lest their memory is used for something else
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        if op is torch.ops.aten._to_copy.default and args[0].untyped_storage().data_ptr() in self.held:
-            self.casts.append(result)
-        return result
-
-
 def count(module: nn.Module, loss: Loss, images: Tensor) -> tuple[int, int]:
-    """FLOPs, and the bytes that autograd keeps from forward to backward, of an image.
+    """FLOPs, and the bytes that are kept from forward to backward, of an image."""
 
-    Each storage counts once; weights, buffers and casts of them do not.
-    """
-    kept = {}
+    def kept(n: int) -> int:
+        with Kept() as memory:
+            value = loss(images[:1].repeat(n, 1, 1, 1))
+        return memory.bytes if value.requires_grad else 0
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    held = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())}
     with speed.flop_counter() as counter:
-        with WeightCasts(held) as weights, saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = loss(images[:1])  # keeps what was saved alive, so that no address is used twice
-        value.backward()
+        loss(images[:1]).backward()
     module.zero_grad()
-    for address in held | {x.untyped_storage().data_ptr() for x in weights.casts}:
-        kept.pop(address, None)
-    return counter.get_total_flops(), sum(kept.values())
+    return counter.get_total_flops(), kept(2) - kept(1)  # without what is kept once: weights in lower precision
 
 
 @torch.no_grad()
