@@ -31,8 +31,8 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
     UNetModel, and for `ddpm_fast.UNet`. `restore` undoes it. The results are those of the network to the rounding of
     the dtype, gradients too.
 
-    - Parameters and buffers are converted to `dtype`, and convolutions' weights to channels-last. The Parameter
-      objects stay, so that optimizers, hooks and averages that hold them still do.
+    - Parameters and buffers are converted to `dtype`, and on a GPU convolutions' weights to channels-last. The
+      Parameter objects stay, so that optimizers, hooks and averages that hold them still do.
     - Whole images and embeddings that the model is called with are cast to that dtype, and its results cast back.
       Inputs of one number a sample, timesteps, are not: bfloat16 knows no odd number above 256.
     - Group norms compute the SiLU that follows them (also written as x * sigmoid(x)) and, on a CPU, a scale and a
@@ -82,8 +82,10 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
             module.__class__ = kind
     for name, tensor in _tensors(network):
         old = tensor.data
-        images = tensor.dim() == 4 and isinstance(tensor, nn.Parameter)
-        layout = torch.channels_last if images else torch.preserve_format
+        # On a CPU, the order of a weight is no matter for speed, but for PyTorch's fused AdamW: it takes weights and
+        # the moments that it has of them element by element as they lie, and would mix those of a reordered one.
+        reordered = tensor.dim() == 4 and isinstance(tensor, nn.Parameter) and tensor.device.type != "cpu"
+        layout = torch.channels_last if reordered else torch.preserve_format
         new = old.to(dtype or old.dtype, memory_format=layout)
         if new is not old:
             state.tensors[name] = _Former(old.dtype, old.stride(), old if new.dtype != old.dtype else None)

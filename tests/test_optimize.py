@@ -469,10 +469,9 @@ def test_weights_that_need_no_change_keep_their_memory():
     model = make("plain")
     before = {k: p.data_ptr() for k, p in model.named_parameters()}
     optimize(model, torch.float32)
-    kept = {k for k, p in model.named_parameters() if p.data_ptr() == before[k]}
-    assert kept == {k for k in before if k.endswith("bias") or k.startswith(("1", "4"))}
+    assert {k: p.data_ptr() for k, p in model.named_parameters()} == before
     restore(model)
-    assert {k for k, p in model.named_parameters() if p.data_ptr() == before[k]} == kept
+    assert {k: p.data_ptr() for k, p in model.named_parameters()} == before
 
 
 def test_changed_weights_are_converted_back_and_others_restored():
@@ -737,3 +736,23 @@ def test_norms_that_do_more_than_cast_are_left_alone():
     kinds = [type(m) for m in model]
     optimize(model)
     assert [type(m) is kind for m, kind in zip(model, kinds, strict=True)] == [True] * 4 + [False]
+
+
+def test_an_optimizer_that_has_moments_goes_on_as_before():
+    """PyTorch's fused AdamW goes by the order in memory, and would mix the elements of a reordered weight."""
+
+    def trained(change):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        for step in range(6):
+            if step == 3:
+                change(model)
+            model(torch.randn(2, 4, 8, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    expected = trained(lambda model: model)
+    found = trained(lambda model: optimize(model, torch.float32))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)  # a step moves an element by 1e-2
