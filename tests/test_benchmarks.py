@@ -31,6 +31,7 @@ def test_a_script_prints_a_table_and_writes_all_it_found(script, tmp_path):
     expected = [("ddpm_fast", dtype, "") for dtype in dtypes] + [("ddpm_fast", dtypes[-1], "reference")]
     if find_spec("diffusers"):
         expected += [("diffusers", dtype, "" if dtype == "fp32" else "channels-last") for dtype in dtypes]
+        expected += [("diffusers", dtypes[-1], "optimize")] if script == "sample_speed" else []
     if find_spec("denoising_diffusion_pytorch"):
         expected.append(("denoising_diffusion_pytorch", "fp32", ""))
     assert [(row["family"], row["dtype"], row["how"]) for row in report["contenders"]] == expected
