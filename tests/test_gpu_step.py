@@ -12,6 +12,8 @@ from ddpm_fast import GaussianDiffusion, UNet, graphs
 
 N, STEPS = 8, 1000
 
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch was built without CUDA")
+
 
 def tensors(values):
     return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
