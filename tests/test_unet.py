@@ -241,7 +241,7 @@ def test_what_is_made_again_for_the_backward_pass_changes_no_bit(monkeypatch, dr
     assert all(map(torch.equal, made_again, gradients()))
 
 
-def test_gradients_of_gradients_go_through_what_is_made_again(monkeypatch):
+def test_gradients_of_gradients_go_through_what_is_made_again():
     block = randomise(ResidualBlock(8, 8, groups=2, eps=1e-6, dropout=0.0)).double()
     x, time = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 8, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(lambda x: block(x, time), x)

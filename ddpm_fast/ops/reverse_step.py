@@ -131,19 +131,18 @@ def reverse_step(
             if to is not None:
                 to.copy_(result)
         return out
-    if out is not None:
-        function(*arguments, *out)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version([y for y in out if y is not None])
-        return out
 
     def new(dtype: torch.dtype) -> Tensor:
         return torch.empty_like(x, dtype=dtype, memory_format=layout)
 
-    model_input = new(inner) if return_model_input and inner != x.dtype else None
-    results = ReverseStep(new(x.dtype), new(x.dtype) if return_x_start else None, model_input)
+    results = out
+    if results is None:
+        model_input = new(inner) if return_model_input and inner != x.dtype else None
+        results = ReverseStep(new(x.dtype), new(x.dtype) if return_x_start else None, model_input)
     function(*arguments, *results)
-    if return_model_input and model_input is None:
+    if out is not None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([y for y in out if y is not None])
+    if return_model_input and results.model_input is None:
         return results._replace(model_input=results.x.to(pred_dtype))
     return results
 
