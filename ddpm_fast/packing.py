@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from . import gradients
+
 # What TorchInductor calls too.
 _onednn = torch.ops.mkldnn
 # That can be packed; none where PyTorch was built without oneDNN.
@@ -123,7 +125,10 @@ class Conv2d(nn.Conv2d):
         bias = self.bias if bias is None else bias
         weights = _weights_for(x, self.weight) if self.padding_mode == "zeros" else None
         if weights is None or isinstance(self.padding, str) or x.dim() != 4:
-            y = self._conv_forward(x, self.weight, bias)
+            if gradients.serves(self, x):
+                y = gradients.conv2d(x, self.weight, bias, self.stride, self.padding)
+            else:
+                y = self._conv_forward(x, self.weight, bias)
             return y if plus is None else y + plus
         how = (self.padding, self.stride, self.dilation, self.groups)
         weight = weights.get(self, lambda: _onednn._reorder_convolution_weight(self.weight.detach(), *how, x.shape))

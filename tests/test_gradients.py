@@ -1,0 +1,87 @@
+"""The backward pass of convolutions of small images, against PyTorch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast import gradients
+from ddpm_fast.packing import Conv2d
+
+# N, C, H, W, out, window, stride, padding
+SHAPES = [
+    (8, 16, 4, 4, 24, 3, 1, 1),
+    (2, 16, 8, 8, 8, 3, 1, 1),
+    (1, 5, 7, 3, 6, (2, 3), (1, 2), (1, 0)),
+    (3, 16, 9, 9, 16, 3, 2, 0),
+    (4, 32, 8, 8, 16, 1, 1, 0),
+    (2, 3, 1, 1, 4, 1, 1, 0),
+]
+
+
+def case(n, c, h, w, out, window, stride, padding, dtype):
+    conv = Conv2d(c, out, window, stride, padding).to(memory_format=torch.channels_last).to(dtype)
+    x = torch.randn(n, c, h, w).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    return conv, x
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_bfloat16_are_rounded_once(shape):
+    conv, x = case(*shape, torch.bfloat16)
+    assert gradients.serves(conv, x)
+    y = conv(x)
+    grad = torch.randn(y.shape).to(y)
+    found = torch.autograd.grad(y, (x, conv.weight, conv.bias), grad)
+
+    exact = [a.detach().double().requires_grad_() for a in (x, conv.weight, conv.bias)]
+    wanted = torch.autograd.grad(F.conv2d(*exact, conv.stride, conv.padding), exact, grad.double())
+    # Sums in float32, of at most so many terms, and one rounding to bfloat16.
+    terms = {"x": conv.weight[:, 0].numel(), "weight": grad[:, 0].numel(), "bias": grad[:, 0].numel()}
+    size = [a.detach().double().abs() for a in (x, conv.weight, conv.bias)]
+    sizes = torch.autograd.grad(
+        F.conv2d(*(s.requires_grad_() for s in size), conv.stride, conv.padding), size, grad.double().abs()
+    )
+    for a, b, s, n in zip(found, wanted, sizes, terms.values(), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert ((a.double() - b).abs() <= b.abs() * 2**-8 + s * n * 2**-23).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_and_their_gradients_are_those_of_finite_differences(shape):
+    conv, x = case(*shape[:4], min(shape[4], 4), *shape[5:], torch.float64)
+    x = x[:2, :, :3, :3].detach().requires_grad_() if shape[2] > 7 else x
+    x = x[:2].detach().requires_grad_()
+
+    def function(x, weight, bias):
+        return gradients._Conv2d.apply(x, weight, bias, conv.stride, conv.padding)
+
+    assert torch.autograd.gradcheck(function, (x, conv.weight, conv.bias), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, conv.weight, conv.bias), fast_mode=True)
+
+
+def test_autocast_leaves_float32_gradients_in_the_order_of_the_weights():
+    conv, x = case(2, 16, 8, 8, 24, 3, 1, 1, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gradients.serves(conv, x)
+        conv(x).sum().backward()
+    assert conv.weight.grad.dtype == x.grad.dtype == torch.float32
+    assert conv.weight.grad.stride() == conv.weight.stride()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.float32},
+        {"image": (1, 16, 16, 16)},
+        {"arguments": {"groups": 2}},
+        {"arguments": {"dilation": 2}},
+        {"arguments": {"padding_mode": "circular"}},
+        {"arguments": {"padding": "same"}},
+    ],
+)
+def test_everything_else_is_left_to_pytorch(change):
+    conv = Conv2d(16, 16, 3, **({"padding": 1} | change.get("arguments", {}))).to(change.get("dtype", torch.bfloat16))
+    x = torch.randn(change.get("image", (1, 16, 4, 4))).to(conv.weight)
+    assert not gradients.serves(conv, x)
+    conv(x).sum().backward()
+    with torch.no_grad():
+        assert not gradients.serves(conv, x)
