@@ -30,8 +30,13 @@ def unet_2d_config(preset: str) -> dict[str, Any]:
 
 
 def to_ddpm_fast(source, target):
-    """Copies the weights of a UNet2DModel into a UNet of the same structure; every weight is used once."""
-    weights = dict(source.state_dict())
+    """Copies the weights of a UNet2DModel into a UNet of the same structure."""
+    target.load_state_dict(renamed(source.state_dict(), target))
+
+
+def renamed(weights, target):
+    """A UNet2DModel's weights, or their gradients, under the names of a UNet of the same structure; each once."""
+    weights = dict(weights)
     state = {}
 
     def move(here, there):
@@ -74,4 +79,4 @@ def to_ddpm_fast(source, target):
         torch.cat(parts) for parts in zip(*times, strict=True)
     )
     assert not weights
-    target.load_state_dict(state)
+    return state
