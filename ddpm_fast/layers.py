@@ -77,6 +77,25 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))  # (N, time_dim)
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout of (N, C, H, W); on a CPU in a seventh of its time, with p rounded to 16 bits.
+
+    PyTorch draws a number of 32 bits for each element there, one by one; here, 64 bits decide on four.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = 1 << 16
+        dropped = round(self.p * levels)
+        plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (self.training and plain and 0 < dropped < levels):
+            return super().forward(x)
+        n, c, h, w = x.shape
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        factors = torch.empty(n, h, w, c, dtype=x.dtype)
+        torch.ge(bits[: x.numel()], dropped - levels // 2, out=factors.view(-1))
+        return x * factors.mul_(levels / (levels - dropped)).permute(0, 3, 1, 2)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(dropout(SiLU(norm(conv(SiLU(norm(x))) + time)))), `time` being the block's own projection of t."""
 
@@ -86,7 +105,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = GroupNorm(groups, channels, eps)
         self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 

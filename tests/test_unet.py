@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import UNet
-from ddpm_fast.layers import Attention, GroupNorm, ResidualBlock
+from ddpm_fast.layers import Attention, Dropout, GroupNorm, ResidualBlock
 from ddpm_fast.training.estimate import Kept
 
 
@@ -166,6 +166,34 @@ def test_heads_and_dropout_are_used():
     with torch.no_grad():
         assert torch.equal(model(x, t), model(x, t))
         assert not torch.equal(model.train()(x, t), model(x, t))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_drops_each_element_with_its_probability_and_scales_the_others(p, dtype):
+    dropout = Dropout(p)
+    x = torch.ones(16, 36, 33, 31, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    torch.manual_seed(1)
+    y = dropout(x)
+    kept = y != 0
+    assert (y[kept] == torch.tensor(1 / (1 - round(p * 2**16) / 2**16)).to(dtype)).all()
+    lanes = kept.permute(0, 2, 3, 1).reshape(-1, 4).double().mean(0)  # a draw decides on four neighbours
+    deviation = (p * (1 - p) / (x.numel() / 4)) ** 0.5
+    assert ((lanes - (1 - p)).abs() < 5 * deviation + 2**-17).all()
+    samples = kept.flatten(1).double()
+    shared = (samples[0] * samples[1]).mean()  # of two samples: independent
+    assert (shared - (1 - p) ** 2).abs() < 5 * ((1 - p) ** 2 / samples.shape[1]) ** 0.5
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_all(p):
+    x = torch.ones(2, 4, 3, 3)
+    assert torch.equal(Dropout(p)(x), (1 - p) * x)
 
 
 @pytest.mark.parametrize(
