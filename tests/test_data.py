@@ -54,7 +54,7 @@ def test_fashion_mnist_is_read_as_it_is_shipped():
         (b"", "not an IDX file of images"),
         (b"\x89PNG\r\n", "begins with 89 50 4e 47, needed 00 00 08 03"),
         (b"\x00\x00\x08\x01" + bytes(20), "begins with 00 00 08 01"),  # the labels
-        (idx_bytes(np.zeros((5, 4, 6), np.uint8))[:-1], r"truncated: 119 bytes of pixels for the shape \(5, 4, 6\)"),
+        (idx_bytes(np.zeros((5, 4, 6), np.uint8))[:-1], r"truncated: 119 bytes of data for the shape \(5, 4, 6\)"),
         (gzip.compress(idx_bytes(np.zeros((5, 4, 6), np.uint8)))[:-9], "cannot be read"),
         (b"\x00\x00\x08\x03\x00", "truncated"),
         (idx_bytes(np.zeros((0, 4, 6), np.uint8)), "truncated"),
@@ -67,6 +67,15 @@ def test_idx_files_that_are_not_whole_are_named(tmp_path, content, message):
     with pytest.raises(data.DataError, match=message) as raised:
         data.read_idx(path)
     assert str(path) in str(raised.value)
+
+
+def test_labels_are_read_with_one_axis(tmp_path):
+    path = tmp_path / "labels"
+    path.write_bytes(b"\x00\x00\x08\x01\x00\x00\x00\x03" + bytes([7, 0, 9]))
+    assert data.read_idx(path, axes=1).tolist() == [7, 0, 9]
+    path.write_bytes(idx_bytes(np.zeros((5, 4, 6), np.uint8)))
+    with pytest.raises(data.DataError, match=r"not an IDX file of labels.*needed 00 00 08 01"):
+        data.read_idx(path, axes=1)
 
 
 def test_folders_are_resized_and_cropped_at_the_centre(tmp_path):

@@ -161,14 +161,17 @@ def _digits() -> Tensor:
     return torch.from_numpy((load_digits().images * (255 / 16)).round().astype(np.uint8))[:, None]
 
 
-def read_idx(path: Path) -> Tensor:
-    """The images of an IDX file, as http://yann.lecun.com/exdb/mnist describes it, gzipped or not.
+def read_idx(path: Path, axes: int = 3) -> Tensor:
+    """The bytes of an IDX file, as http://yann.lecun.com/exdb/mnist describes it, gzipped or not.
+
+    Args:
+        axes: 3 for images, 1 for labels.
 
     Returns:
-        (N, H, W), uint8.
+        (N, H, W) or (N,), uint8.
 
     Raises:
-        DataError: no such file, not an IDX file of images in bytes, or a truncated one.
+        DataError: no such file, not an IDX file of bytes with so many axes, or a truncated one.
     """
     try:
         raw = Path(path).read_bytes()
@@ -176,12 +179,16 @@ def read_idx(path: Path) -> Tensor:
             raw = gzip.decompress(raw)
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    if raw[:4] != b"\x00\x00\x08\x03":  # bytes, 3 axes
-        raise DataError(f"{path}: not an IDX file of images: it begins with {raw[:4].hex(' ')}, needed 00 00 08 03")
-    header = 4 + 3 * 4
-    shape = struct.unpack(">3I", raw[4:header]) if len(raw) >= header else (0, 0, 0)
+    magic = bytes([0, 0, 8, axes])  # 8: bytes
+    if raw[:4] != magic:
+        kind = "images" if axes == 3 else "labels"
+        raise DataError(
+            f"{path}: not an IDX file of {kind}: it begins with {raw[:4].hex(' ')}, needed {magic.hex(' ')}"
+        )
+    header = 4 + axes * 4
+    shape = struct.unpack(f">{axes}I", raw[4:header]) if len(raw) >= header else (0,) * axes
     if len(raw) - header != math.prod(shape) or not math.prod(shape):
-        raise DataError(f"{path}: truncated: {len(raw) - header} bytes of pixels for the shape {shape}")
+        raise DataError(f"{path}: truncated: {len(raw) - header} bytes of data for the shape {shape}")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
