@@ -459,8 +459,8 @@ class GaussianDiffusion(DiffusionProcess):
                 None takes ddpm for all T steps. For fewer it takes ddim where the module's `sampling_timesteps` says
                 so, as denoising_diffusion_pytorch does, or where eta is given; and for `steps` given here dpmpp_2m,
                 which solves the equation of DDIM to second order.
-            steps: how many, strided evenly over the schedule, or the timesteps themselves; None for
-                `sampling_timesteps`.
+            steps: how many, or the timesteps themselves; None for `sampling_timesteps`. They stride evenly over the
+                schedule, those of dpmpp_2m and dpmpp_2m_sde as in `samplers.karras_timesteps`.
             eta: noise of DDIM, from 0 (none) to 1 (as much as ancestral); None for `ddim_sampling_eta`.
             seed: with rng="philox", sample n of the run is the same in any batch; None draws a seed.
             sample_offset: index in the run of the first sample.

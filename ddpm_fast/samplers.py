@@ -8,7 +8,7 @@ A step takes x_t to x_t' at the next, less noisy timestep t' (primes below; abar
 A sampler is a function that gives these numbers for K steps. Nothing else of it reaches a kernel.
 """
 
-__all__ = ["StepTable", "ancestral", "ddim", "dpmpp_2m", "strided_timesteps"]
+__all__ = ["StepTable", "ancestral", "ddim", "dpmpp_2m", "karras_timesteps", "strided_timesteps"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -56,7 +56,7 @@ def strided_timesteps(timesteps: int, steps: int | Sequence[int]) -> Tensor:
     Raises:
         ValueError: more steps than timesteps, or timesteps outside [0, T) or given twice.
     """
-    if hasattr(steps, "__index__") and not isinstance(steps, Tensor):
+    if _is_count(steps):
         steps = whole("steps", steps, 1, timesteps + 1)
         return torch.linspace(-1, timesteps - 1, steps + 1, device="cpu").long()[1:].flip(0)
     chosen = torch.as_tensor(steps, device="cpu")
@@ -65,6 +65,28 @@ def strided_timesteps(timesteps: int, steps: int | Sequence[int]) -> Tensor:
     if chosen.min() < 0 or chosen.max() >= timesteps or len(chosen.unique()) < len(chosen):
         raise ValueError(f"timesteps must be distinct and lie in [0, {timesteps}); got {chosen.tolist()}")
     return chosen.long().sort(descending=True).values
+
+
+def karras_timesteps(schedule: NoiseSchedule, steps: int | Sequence[int]) -> Tensor:
+    """As `strided_timesteps`, but of K the strides are even in (s / a)^(1/7). Karras et al. (2022), eq. 5.
+
+    Half of the steps are at little noise, where details are made. They begin with T - 1 and go on below s / a = 80, the
+    paper's sigma_max: beyond, x_t says nothing of x_0.
+    """
+    t = strided_timesteps(len(schedule), steps)
+    if not _is_count(steps):
+        return t
+    noise = schedule.snr.rsqrt()  # per signal, rising with t
+    roots = torch.linspace(noise[-1].clamp(max=80) ** (1 / 7), noise[0] ** (1 / 7), len(t), dtype=torch.float64)
+    nearest = (noise.log() - 7 * roots.log()[:, None]).abs().argmin(1)
+    nearest[0] = t[0]
+    # All distinct: where timesteps are sparser than steps, each is at least one below the one before.
+    order = torch.arange(len(t))
+    return torch.maximum((nearest + order).cummin(0).values - order, order.flip(0))
+
+
+def _is_count(steps: int | Sequence[int]) -> bool:
+    return hasattr(steps, "__index__") and not isinstance(steps, Tensor)
 
 
 def _abar_pairs(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,11 +157,11 @@ def dpmpp_2m(
     alone, and the last, to lambda' = infinity, returns its x0_hat: both are of first order, where this is DDIM.
 
     Args:
-        steps: as in `strided_timesteps`; None for all. Of those given, a step many times as long as the one before
+        steps: as in `karras_timesteps`; None for all. Of those given, a step many times as long as the one before
             extrapolates as far.
         sde: SDE-DPM-Solver++(2M) of the same paper, which adds noise; at first order, DDIM with eta = 1.
     """
-    t = strided_timesteps(len(schedule), len(schedule) if steps is None else steps)
+    t = karras_timesteps(schedule, len(schedule) if steps is None else steps)
     abar, abar_next = _abar_pairs(schedule, t)
     s, a_next, s_next = (1 - abar).sqrt(), abar_next.sqrt(), (1 - abar_next).sqrt()
     h = ((abar_next / (1 - abar_next)).log() - (abar / (1 - abar)).log()) / 2

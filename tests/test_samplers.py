@@ -74,7 +74,7 @@ def test_dpm_solver_pp_is_the_papers_recursion(sde):
 def test_dpm_solver_pp_with_two_equal_guesses_is_ddim(sde, steps):
     """Its first order is DDIM, with eta = 1 for the SDE: Lu et al. (2022). One step or two are all of first order."""
     table = samplers.dpmpp_2m(SCHEDULE, "pred_v", steps, sde=sde)
-    ddim = samplers.ddim(SCHEDULE, "pred_v", steps, eta=float(sde))
+    ddim = samplers.ddim(SCHEDULE, "pred_v", table.t.tolist(), eta=float(sde))
     close = {"rtol": 1e-9, "atol": 1e-10}
     for a, b in ((table.A, ddim.A), (table.B + table.C, ddim.B), (table.sigma, ddim.sigma)):
         torch.testing.assert_close(a, b, **close)
@@ -103,6 +103,28 @@ def test_dpm_solver_pp_of_a_schedule_that_ends_without_signal_begins_at_x0_hat()
         signal, noise = a[table.t[1]].item(), s[table.t[1]].item()
         noisy = [0.0, signal, 0.0, noise] if sde else [noise, signal, 0.0, 0.0]
         assert table.rows[0].tolist() == pytest.approx([0.0, -1.0, *noisy], abs=1e-6)
+
+
+def test_karras_timesteps_are_even_in_the_seventh_root_of_the_noise():
+    """Karras et al. (2022), eq. 5, with sigma = s / a: nearest timesteps, each once."""
+    assert samplers.karras_timesteps(SCHEDULE, [3, 9]).tolist() == [9, 3]
+    for name in schedules.SCHEDULES:
+        schedule = schedules.make(name, 1000)
+        sigma = [((1 - abar) / abar) ** 0.5 for abar in schedule.alphas_cumprod.tolist()]
+        largest, smallest = min(sigma[-1], 80), sigma[0]
+        for steps in (1, 2, 10, 25):
+            found = samplers.karras_timesteps(schedule, steps).tolist()
+            assert (len(found), found[0]) == (steps, 999)
+            assert found == sorted(set(found), reverse=True)
+            for i in range(1, steps):
+                root = largest ** (1 / 7) + i / (steps - 1) * (smallest ** (1 / 7) - largest ** (1 / 7))
+                nearest = min(range(1000), key=lambda t: abs(math.log(sigma[t]) - 7 * math.log(root)))
+                assert found[i] == min(nearest, found[i - 1] - 1)
+        for steps in (100, 500, 999, 1000):  # more than there are timesteps in places
+            found = samplers.karras_timesteps(schedule, steps)
+            assert len(found) == steps
+            assert (found.diff() < 0).all()
+            assert (found[0], found[-1] >= 0) == (999, True)
 
 
 def test_strided_timesteps_end_with_the_noisiest_and_may_be_given():
