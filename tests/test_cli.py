@@ -58,6 +58,8 @@ def test_steps_that_cannot_be_are_told_without_a_traceback(tmp_path, monkeypatch
     cli.main(["train", "mine.json"])
     assert "steps must be a whole number in [1, 26)" in fails(capsys, "sample", "runs/mine", "--steps", "26")
     assert "at least 1, got 0" in fails(capsys, "sample", "runs/mine", "-n", "0")
+    assert "PSD pictures can be read, but not written" in fails(capsys, "sample", "runs/mine", "--out", "x.psd")
+    assert not (tmp_path / "x.psd").exists()
 
 
 @pytest.mark.parametrize(("raised", "told"), [(KeyboardInterrupt(), "stopped"), (KeyboardInterrupt("why"), "why")])

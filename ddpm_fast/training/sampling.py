@@ -38,13 +38,16 @@ def write_samples(
         What was written, by all processes together, to tell the user.
 
     Raises:
-        ValueError: n below 1, or steps or a seed that cannot be.
+        ValueError: n below 1, steps or a seed that cannot be, or a format that cannot be written.
         RunError: another process has ended.
     """
     if n < 1:
         raise ValueError(f"the number of images must be at least 1, got {n}")
     table = run.diffusion.step_table(sampler, steps)
-    one_file = out.suffix.lower() in Image.registered_extensions()
+    picture_format = Image.registered_extensions().get(out.suffix.lower())
+    one_file = picture_format is not None
+    if one_file and picture_format not in Image.SAVE:
+        raise ValueError(f"{out}: {picture_format} pictures can be read, but not written; take .png")
     (out.parent if one_file else out).mkdir(parents=True, exist_ok=True)
     with (
         joined() as processes,
