@@ -36,6 +36,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, in
 
 
 class _Conv2d(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func: the gradients of each sample
+
     @staticmethod
     def forward(x, weight, bias, stride, padding):
         return F.conv2d(x, weight, bias, stride, padding)

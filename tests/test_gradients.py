@@ -67,6 +67,22 @@ def test_autocast_leaves_float32_gradients_in_the_order_of_the_weights():
     assert conv.weight.grad.stride() == conv.weight.stride()
 
 
+def test_torch_func_sees_through():
+    conv, x = case(3, 4, 4, 4, 8, 3, 1, 1, torch.bfloat16)
+    assert gradients.serves(conv, x)
+    weights = {name: p.detach() for name, p in conv.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(conv, weights, (x,)).float().square().sum()
+
+    loss({name: p.requires_grad_() for name, p in weights.items()}, x).backward()
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x[:, None])
+    for name, p in weights.items():
+        assert torch.equal(torch.func.grad(loss)(weights, x)[name], p.grad)
+        error = each[name].float().sum(0) - p.grad.float()  # three roundings to bfloat16 and one
+        assert (error.abs() <= 2**-8 * (each[name].float().abs().sum(0) + p.grad.float().abs())).all()
+
+
 @pytest.mark.parametrize(
     "change",
     [
