@@ -21,8 +21,10 @@ def serves(conv: nn.Conv2d, x: Tensor) -> bool:
         return False
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.groups != 1 or conv.dilation != (1, 1):
         return False
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype != torch.bfloat16:
+    dtypes = {x.dtype, conv.weight.dtype}
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:  # which autocast leaves alone
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    if dtypes != {torch.bfloat16}:
         return False
     sizes = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, strict=True)
     height, width = ((size + 2 * padding - window) // stride + 1 for size, window, stride, padding in sizes)

@@ -90,9 +90,9 @@ class Dropout(nn.Dropout):
         if not (self.training and plain and 0 < dropped < levels):
             return super().forward(x)
         n, c, h, w = x.shape
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        factors = torch.empty(n, h, w, c, dtype=x.dtype)
-        torch.ge(bits[: x.numel()], dropped - levels // 2, out=factors.view(-1))
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None)
+        factors = torch.empty(n, h, w, c, dtype=x.dtype, device="cpu")
+        torch.ge(draws.view(torch.int16)[: x.numel()], dropped - levels // 2, out=factors.view(-1))
         return x * factors.mul_(levels / (levels - dropped)).permute(0, 3, 1, 2)
 
 

@@ -70,18 +70,19 @@ def strided_timesteps(timesteps: int, steps: int | Sequence[int]) -> Tensor:
 def karras_timesteps(schedule: NoiseSchedule, steps: int | Sequence[int]) -> Tensor:
     """As `strided_timesteps`, but of K the strides are even in (s / a)^(1/7). Karras et al. (2022), eq. 5.
 
-    Half of the steps are at little noise, where details are made. They begin with T - 1 and go on below s / a = 80, the
-    paper's sigma_max: beyond, x_t says nothing of x_0.
+    More of them than of even strides in t are at little noise, where details are made. They begin with T - 1 and go on
+    below s / a = 80, the paper's sigma_max: beyond, x_t says nothing of x_0.
     """
     t = strided_timesteps(len(schedule), steps)
     if not _is_count(steps):
         return t
     noise = schedule.snr.rsqrt()  # per signal, rising with t
-    roots = torch.linspace(noise[-1].clamp(max=80) ** (1 / 7), noise[0] ** (1 / 7), len(t), dtype=torch.float64)
+    ends = (noise[i].clamp(max=80).item() ** (1 / 7) for i in (-1, 0))
+    roots = torch.linspace(*ends, len(t), dtype=torch.float64, device="cpu")
     nearest = (noise.log() - 7 * roots.log()[:, None]).abs().argmin(1)
     nearest[0] = t[0]
     # All distinct: where timesteps are sparser than steps, each is at least one below the one before.
-    order = torch.arange(len(t))
+    order = torch.arange(len(t), device="cpu")
     return torch.maximum((nearest + order).cummin(0).values - order, order.flip(0))
 
 

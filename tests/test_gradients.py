@@ -101,3 +101,11 @@ def test_everything_else_is_left_to_pytorch(change):
     conv(x).sum().backward()
     with torch.no_grad():
         assert not gradients.serves(conv, x)
+
+
+def test_dtypes_are_those_of_pytorch():
+    conv, x = case(2, 4, 4, 4, 4, 3, 1, 1, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="should be the same"):
+        conv.float()(x.to(torch.bfloat16))

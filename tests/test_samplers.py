@@ -108,6 +108,8 @@ def test_dpm_solver_pp_of_a_schedule_that_ends_without_signal_begins_at_x0_hat()
 def test_karras_timesteps_are_even_in_the_seventh_root_of_the_noise():
     """Karras et al. (2022), eq. 5, with sigma = s / a: nearest timesteps, each once."""
     assert samplers.karras_timesteps(SCHEDULE, [3, 9]).tolist() == [9, 3]
+    with torch.device("meta"):
+        assert samplers.karras_timesteps(SCHEDULE, 5).device.type == "cpu"
     for name in schedules.SCHEDULES:
         schedule = schedules.make(name, 1000)
         sigma = [((1 - abar) / abar) ** 0.5 for abar in schedule.alphas_cumprod.tolist()]

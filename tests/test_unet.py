@@ -196,6 +196,12 @@ def test_dropout_of_nothing_and_of_all(p):
     assert torch.equal(Dropout(p)(x), (1 - p) * x)
 
 
+def test_dropout_is_made_where_the_images_are():
+    x = torch.ones(2, 4, 3, 3)
+    with torch.device("meta"):
+        assert Dropout(0.5)(x).device == x.device
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
