@@ -7,6 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from ddpm_fast import GaussianDiffusion
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TINY = ["--preset", "digits-8", "--batch", "2", "--rounds", "3", "--device", "cpu"]
@@ -65,3 +68,21 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert set(report["missing"]) == set(PEERS)
     for output in (finished.stdout, finished.stderr):
         assert 'pip install ".[compat]"' in output
+
+
+def test_one_weight_that_differs_is_seen_before_training_is_timed():
+    pytest.importorskip("diffusers")
+    import speed
+    import train_speed
+
+    networks = speed.networks("digits-8", "cpu")
+    diffusion = GaussianDiffusion(networks.ours, image_size=8, objective="pred_noise", beta_schedule="linear")
+    ours = {torch.float32: train_speed.our_loss(diffusion, torch.float32)}
+    loss = train_speed.their_loss(networks.diffusers, torch.float32, torch.contiguous_format, "cpu")
+    theirs = {torch.float32: networks.diffusers}, {torch.float32: loss}
+    images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    train_speed.check(networks.ours, ours, *theirs, images)
+    with torch.no_grad():
+        networks.ours.conv_in.weight[3, 0, 1, 1] *= 1.05
+    with pytest.raises(AssertionError, match=r"fp32: the gradient of .* apart"):
+        train_speed.check(networks.ours, ours, *theirs, images)
