@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.door import eager_on_cpu
+
 PIXELS = 64  # of a result, at most: with 16 x 16, oneDNN is the faster one
 
 
 def serves(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether `conv2d` can stand in for the module and is faster: in eager mode, with gradients."""
-    if not (torch.is_grad_enabled() and conv.weight.requires_grad) or torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() and conv.weight.requires_grad and eager_on_cpu(x)):
         return False
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dim() != 4 or x.numel() == 0:
+    if x.dim() != 4 or x.numel() == 0:
         return False
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.groups != 1 or conv.dilation != (1, 1):
         return False

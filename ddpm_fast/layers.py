@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .ops.door import eager_on_cpu
 from .packing import Conv2d, Linear
 
 _all_kept: ContextVar[bool] = ContextVar("all is kept", default=False)
@@ -86,8 +87,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         levels = 1 << 16
         dropped = round(self.p * levels)
-        plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (self.training and plain and 0 < dropped < levels):
+        if not (self.training and 0 < dropped < levels and eager_on_cpu(x)):
             return super().forward(x)
         n, c, h, w = x.shape
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None)

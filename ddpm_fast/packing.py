@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import gradients
+from .ops.door import eager_on_cpu
 
 # What TorchInductor calls too.
 _onednn = torch.ops.mkldnn
@@ -100,13 +101,12 @@ def packed(weights: PackedWeights) -> Iterator[None]:
 
 
 def _weights_for(x: Tensor, weight: Tensor) -> PackedWeights | None:
-    if torch.compiler.is_compiling():
+    if not eager_on_cpu(x):
         return None
     weights = _current.get()
     if weights is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    plain = type(x) is Tensor and x.device.type == "cpu" and x.numel() > 0
-    return weights if plain and x.dtype == weight.dtype and x.dtype in DTYPES else None
+    return weights if x.numel() > 0 and x.dtype == weight.dtype and x.dtype in DTYPES else None
 
 
 class Conv2d(nn.Conv2d):

@@ -6,6 +6,7 @@ __all__ = [
     "check_index",
     "dense",
     "describe",
+    "eager_on_cpu",
     "memory_format",
     "needs_grad",
     "noise_fits",
@@ -51,6 +52,11 @@ def check_index(op: str, name: str, index: Tensor, count: int) -> None:
     if outside:
         value = index.flatten()[outside[0]]
         raise RuntimeError(f"{op}: {name}[{outside[0]}] is {value}, but rows has {count}, counted from 0")
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether code may look into x: no compiler traces it, and it is no subclass, on a CPU."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cpu"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
