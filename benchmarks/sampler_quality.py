@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import ddpm_fast
 from ddpm_fast.training.data import read_idx
-from ddpm_fast.training.trainer import load_run
+from ddpm_fast.training.pictures import to_uint8
+from ddpm_fast.training.trainer import load_run, sample_in_batches
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,24 +34,26 @@ RUNS = {  # label -> sampler, eta, steps
     "dpmpp_2m": ("dpmpp_2m", None, (5, 10, 20, 50, 100)),
     "dpmpp_2m_sde": ("dpmpp_2m_sde", None, (5, 10, 20, 50, 100)),
 }
-BATCH = 250
 
 
 class Classifier(nn.Module):
-    """Two convolutions and two linear layers, the first of which gives the features, (N, 64)."""
+    """Two convolutions and two linear layers, the first of which gives the features."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(
+        self.layers = nn.Sequential(
             *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Flatten(), nn.Linear(64 * 7 * 7, 64)),
         )
         self.classes = nn.Sequential(nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 10))
 
+    def features(self, images: Tensor) -> Tensor:
+        """Of uint8 images, (N, 1, 28, 28): (N, 64)."""
+        return self.layers(images.float() / 127.5 - 1)
+
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 images, (N, 1, 28, 28), to logits."""
-        return self.classes(self.features(images.float() / 127.5 - 1))
+        return self.classes(self.features(images))  # logits
 
 
 def train_classifier(images: Tensor, labels: Tensor, epochs: int = 4) -> Classifier:
@@ -70,7 +73,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 4) -> Classif
 @torch.no_grad()
 def moments(model: Classifier, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the features."""
-    features = torch.cat([model.features(part.float() / 127.5 - 1) for part in images.split(1000)]).double().numpy()
+    features = torch.cat([model.features(part) for part in images.split(1000)]).double().numpy()
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
@@ -119,7 +122,7 @@ def main() -> None:
     yardsticks = {
         "real images": real,
         "real images, moved by a pixel": real.roll(1, dims=3),
-        "real images, blurred": F.avg_pool2d(real.float(), 3, 1, 1).round().to(torch.uint8),
+        "real images, blurred": to_uint8(F.avg_pool2d(real / 255, 3, 1, 1)),
     }
     yardsticks = {label: distance(moments(classifier, changed), reference) for label, changed in yardsticks.items()}
     for label, value in yardsticks.items():
@@ -129,12 +132,9 @@ def main() -> None:
     results: dict[str, dict[int, float]] = {label: {} for label in RUNS}
     for label, (sampler, eta, all_steps) in RUNS.items():
         for steps in all_steps:
-            parts = []
-            for first in range(0, options.n, BATCH):
-                size = min(BATCH, options.n - first)
-                drawn = run.diffusion.sample(size, sampler=sampler, eta=eta, steps=steps, seed=0, sample_offset=first)
-                parts.append((drawn * 255).round().to(torch.uint8))
-            results[label][steps] = distance(moments(classifier, torch.cat(parts)), reference)
+            drawn = sample_in_batches(run, options.n, sampler=sampler, eta=eta, steps=steps, seed=0)
+            samples = to_uint8(torch.cat(list(drawn)))
+            results[label][steps] = distance(moments(classifier, samples), reference)
             print(f"{label:<14} {steps:>5} steps: {results[label][steps]:.4f}", flush=True)
     plot(results, yardsticks, options.n, options.plot)
     if options.json:

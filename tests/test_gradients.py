@@ -35,12 +35,12 @@ def test_gradients_of_bfloat16_are_rounded_once(shape):
     exact = [a.detach().double().requires_grad_() for a in (x, conv.weight, conv.bias)]
     wanted = torch.autograd.grad(F.conv2d(*exact, conv.stride, conv.padding), exact, grad.double())
     # Sums in float32, of at most so many terms, and one rounding to bfloat16.
-    terms = {"x": conv.weight[:, 0].numel(), "weight": grad[:, 0].numel(), "bias": grad[:, 0].numel()}
+    terms = conv.weight[:, 0].numel(), grad[:, 0].numel(), grad[:, 0].numel()
     size = [a.detach().double().abs() for a in (x, conv.weight, conv.bias)]
     sizes = torch.autograd.grad(
         F.conv2d(*(s.requires_grad_() for s in size), conv.stride, conv.padding), size, grad.double().abs()
     )
-    for a, b, s, n in zip(found, wanted, sizes, terms.values(), strict=True):
+    for a, b, s, n in zip(found, wanted, sizes, terms, strict=True):
         assert a.dtype == torch.bfloat16
         assert ((a.double() - b).abs() <= b.abs() * 2**-8 + s * n * 2**-23).all()
 

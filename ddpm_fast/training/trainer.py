@@ -230,12 +230,12 @@ def sample_in_batches(run: Run, n: int, **arguments: Any) -> Iterator[torch.Tens
     """Samples n images, [0, 1], no more at once than the training has seen to fit; `arguments` as in `sample`."""
     size = run.config.training.batch_size
     for first in range(0, n, size):
-        yield run.diffusion.sample(min(size, n - first), sample_offset=first, progress=True, **arguments).cpu()
+        yield run.diffusion.sample(min(size, n - first), sample_offset=first, **arguments).cpu()
 
 
 def write_pictures(run: Run, *, seed: int = 0, n: int = 64) -> torch.Tensor:
     """samples.png, a grid of n, and denoising.png, rows from x_T to x_0. Returns the samples, in [0, 1]."""
-    samples = torch.cat(list(sample_in_batches(run, n, seed=seed)))
+    samples = torch.cat(list(sample_in_batches(run, n, seed=seed, progress=True)))
     save_grid(samples[:64], run.folder / "samples.png")
     last = len(run.diffusion.step_table())
     shown = {round(i * last / 10) for i in range(11)}
