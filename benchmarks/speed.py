@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import ddpm_fast
 from ddpm_fast import UNet, info
+from ddpm_fast.optimize import computes_in_bfloat16
 from ddpm_fast.unet import PRESETS
 
 T = 1000  # timesteps, and steps of a sampling run
@@ -77,9 +78,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def dtypes(device: str) -> list[torch.dtype]:
     """float32, and bfloat16 where the device multiplies in it."""
-    if device == "cuda":
-        return [torch.float32, torch.bfloat16][: 1 + torch.cuda.is_bf16_supported(including_emulation=False)]
-    return [torch.float32, torch.bfloat16][: 1 + bool(_bf16_instructions())]
+    return [torch.float32, torch.bfloat16] if computes_in_bfloat16(device) else [torch.float32]
 
 
 def _bf16_instructions() -> list[str]:

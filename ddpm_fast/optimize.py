@@ -4,7 +4,7 @@ The modules keep their parameters and their code. What changes is the class of s
 layers keep packed weights, and a group norm waits for the SiLU that follows it.
 """
 
-__all__ = ["optimize", "restore"]
+__all__ = ["computes_in_bfloat16", "optimize", "restore"]
 
 import copyreg
 import dataclasses
@@ -171,14 +171,16 @@ def _network(model: nn.Module) -> nn.Module:
 def _fast_dtype(parameters: list[Tensor]) -> torch.dtype | None:
     if not parameters or any(p.dtype != torch.float32 for p in parameters):
         return None
-    kind = parameters[0].device.type
+    return torch.bfloat16 if computes_in_bfloat16(parameters[0].device.type) else None
+
+
+def computes_in_bfloat16(kind: str) -> bool:
+    """Whether devices of a kind, `cpu` or `cuda`, have instructions for it; others are not known."""
     if kind == "cpu":
-        fast = torch.bfloat16 in packing.DTYPES and (
+        return torch.bfloat16 in packing.DTYPES and (
             torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         )
-    else:
-        fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else None
+    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
