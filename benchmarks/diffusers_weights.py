@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.unet import PRESETS
+from ddpm_fast.nn.unet import PRESETS
 
 
 def unet_2d_config(preset: str) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import ddpm_fast
 from ddpm_fast import UNet, info
-from ddpm_fast.optimize import computes_in_bfloat16
-from ddpm_fast.unet import PRESETS
+from ddpm_fast.nn.optimize import computes_in_bfloat16
+from ddpm_fast.nn.unet import PRESETS
 
 T = 1000  # timesteps, and steps of a sampling run
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}

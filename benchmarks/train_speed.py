@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_fast
 from ddpm_fast import GaussianDiffusion, UNet
-from ddpm_fast.training.estimate import Kept
+from ddpm_fast.app.estimate import Kept
 
 Loss = Callable[..., Tensor]  # of images, and of timesteps and noise unless it draws them
 

@@ -17,8 +17,8 @@ from importlib.metadata import version
 
 from . import noise, ops, samplers, schedules
 from .diffusion import GaussianDiffusion
+from .nn.optimize import optimize, restore
+from .nn.unet import UNet
 from .ops import backend
-from .optimize import optimize, restore
-from .unet import UNet
 
 __version__ = version("ddpm_fast")

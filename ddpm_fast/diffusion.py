@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from . import checks, ops, samplers, schedules
 from . import noise as noises
+from .nn.unet import UNet
 from .parameterization import loss_weight as make_loss_weight
 from .process import DiffusionProcess
 from .sampling import SamplingRun
 from .schedules import NoiseSchedule
-from .unet import UNet
 
 RNGS = ("philox", "torch")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")

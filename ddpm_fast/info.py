@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .ops import native
-from .ops.backends import availability
+from .ops.dispatch import availability
 
 DESCRIPTIONS = {
     "reference": "plain PyTorch, on any device",

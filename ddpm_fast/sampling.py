@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import graphs, ops
+from . import cuda_graph, ops
+from .nn.packed_weights import PackedWeights, packed
 from .noise import Source
-from .packing import PackedWeights, packed
 from .samplers import StepTable
 
 
@@ -69,7 +69,7 @@ class SamplingRun:
 
         self._first = taken
         self._replay = None
-        if x.is_cuda and source.keyed and not self_condition and len(table) - taken > graphs.WARM_UP:
+        if x.is_cuda and source.keyed and not self_condition and len(table) - taken > cuda_graph.WARM_UP:
             self._replay = self._capture()
 
     def step(self, k: int) -> None:
@@ -116,4 +116,4 @@ class SamplingRun:
             index.add_(1)
 
         state = (self.x, self.x_start, self._model_input, index, t)
-        return graphs.captured(take, [y for y in state if y is not None])
+        return cuda_graph.captured(take, [y for y in state if y is not None])

@@ -5,7 +5,8 @@ import sys
 import pytest
 from test_config import changed
 
-from ddpm_fast import cli, info
+from ddpm_fast import info
+from ddpm_fast.app import cli
 
 
 def fails(capsys, *arguments):
@@ -98,7 +99,7 @@ def test_modules_run_as_commands(module):
 
 def test_the_core_imports_without_the_training_extra():
     code = "import sys; sys.modules.update(pydantic=None, PIL=None, safetensors=None, sklearn=None); import ddpm_fast"
-    code += "; from ddpm_fast.cli import main; main(sys.argv[1:])"
+    code += "; from ddpm_fast.app.cli import main; main(sys.argv[1:])"
     assert subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, check=True).stdout
     result = subprocess.run([sys.executable, "-c", code, "train", "digits"], capture_output=True, text=True)
     assert 'pip install "ddpm_fast[train]"' in result.stderr

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast import gradients
-from ddpm_fast.packing import Conv2d
+from ddpm_fast.nn import conv_backward
+from ddpm_fast.nn.packed_weights import Conv2d
 
 # N, C, H, W, out, window, stride, padding
 SHAPES = [
@@ -27,7 +27,7 @@ def case(n, c, h, w, out, window, stride, padding, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_bfloat16_are_rounded_once(shape):
     conv, x = case(*shape, torch.bfloat16)
-    assert gradients.serves(conv, x)
+    assert conv_backward.serves(conv, x)
     y = conv(x)
     grad = torch.randn(y.shape).to(y)
     found = torch.autograd.grad(y, (x, conv.weight, conv.bias), grad)
@@ -52,7 +52,7 @@ def test_gradients_and_their_gradients_are_those_of_finite_differences(shape):
     x = x[:2].detach().requires_grad_()
 
     def function(x, weight, bias):
-        return gradients._Conv2d.apply(x, weight, bias, conv.stride, conv.padding)
+        return conv_backward._Conv2d.apply(x, weight, bias, conv.stride, conv.padding)
 
     assert torch.autograd.gradcheck(function, (x, conv.weight, conv.bias), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, (x, conv.weight, conv.bias), fast_mode=True)
@@ -61,7 +61,7 @@ def test_gradients_and_their_gradients_are_those_of_finite_differences(shape):
 def test_autocast_leaves_float32_gradients_in_the_order_of_the_weights():
     conv, x = case(2, 16, 8, 8, 24, 3, 1, 1, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert gradients.serves(conv, x)
+        assert conv_backward.serves(conv, x)
         conv(x).sum().backward()
     assert conv.weight.grad.dtype == x.grad.dtype == torch.float32
     assert conv.weight.grad.stride() == conv.weight.stride()
@@ -69,7 +69,7 @@ def test_autocast_leaves_float32_gradients_in_the_order_of_the_weights():
 
 def test_torch_func_sees_through():
     conv, x = case(3, 4, 4, 4, 8, 3, 1, 1, torch.bfloat16)
-    assert gradients.serves(conv, x)
+    assert conv_backward.serves(conv, x)
     weights = {name: p.detach() for name, p in conv.named_parameters()}
 
     def loss(weights, x):
@@ -97,10 +97,10 @@ def test_torch_func_sees_through():
 def test_everything_else_is_left_to_pytorch(change):
     conv = Conv2d(16, 16, 3, **({"padding": 1} | change.get("arguments", {}))).to(change.get("dtype", torch.bfloat16))
     x = torch.randn(change.get("image", (1, 16, 4, 4))).to(conv.weight)
-    assert not gradients.serves(conv, x)
+    assert not conv_backward.serves(conv, x)
     conv(x).sum().backward()
     with torch.no_grad():
-        assert not gradients.serves(conv, x)
+        assert not conv_backward.serves(conv, x)
 
 
 def test_dtypes_are_those_of_pytorch():

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ddpm_fast import GaussianDiffusion, UNet, optimize, packing, restore
+from ddpm_fast import GaussianDiffusion, UNet, optimize, restore
+from ddpm_fast.nn import packed_weights as packing
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,10 +11,10 @@ import torch
 from test_config import changed
 
 import ddpm_fast
+from ddpm_fast.app.generate import write_samples
 from ddpm_fast.training import checkpoint, trainer
 from ddpm_fast.training.config import build_diffusion, check
 from ddpm_fast.training.pictures import save_images
-from ddpm_fast.training.sampling import write_samples
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",  # as in this process
@@ -70,7 +70,7 @@ THREE = """
 import sys
 from pathlib import Path
 from ddpm_fast.training.pictures import save_images
-from ddpm_fast.training.sampling import write_samples
+from ddpm_fast.app.generate import write_samples
 from ddpm_fast.training.trainer import load_run
 
 run, out = load_run(Path(sys.argv[1])), Path(sys.argv[2])
@@ -111,7 +111,7 @@ FAILING = """
 import sys
 from pathlib import Path
 import torch.distributed as dist
-from ddpm_fast.training import sampling
+from ddpm_fast.app import generate
 from ddpm_fast.training.trainer import RunError, load_run
 
 def full(images, folder, first):
@@ -120,9 +120,9 @@ def full(images, folder, first):
 run, out, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
 if rank == 1:
-    sampling.save_images = full
+    generate.save_images = full
 try:
-    sampling.write_samples(load_run(run), out / "images", n=8)
+    generate.write_samples(load_run(run), out / "images", n=8)
 except (OSError, RunError) as error:
     print(error, flush=True)
 sys.stdin.read()  # and the process goes on

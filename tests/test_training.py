@@ -10,10 +10,11 @@ from PIL import Image
 from test_config import changed
 from test_data import FASHION
 
-from ddpm_fast.training import checkpoint, data, demo, trainer
+from ddpm_fast.app import demo
+from ddpm_fast.app.generate import write_samples
+from ddpm_fast.training import checkpoint, data, trainer
 from ddpm_fast.training.config import ConfigError, build_diffusion, check, load
 from ddpm_fast.training.pictures import save_grid, save_images, to_uint8
-from ddpm_fast.training.sampling import write_samples
 
 
 def small(**changes):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ddpm_fast import UNet
-from ddpm_fast.layers import Attention, Dropout, GroupNorm, ResidualBlock
-from ddpm_fast.training.estimate import Kept
+from ddpm_fast.app.estimate import Kept
+from ddpm_fast.nn.layers import Attention, Dropout, GroupNorm, ResidualBlock
 
 
 def randomise(model):

@@ -15,10 +15,10 @@ __all__ = [
     "weighted_loss",
 ]
 
-from .backends import BACKENDS, backend
+from .dispatch import BACKENDS, backend
 from .group_norm_silu import group_norm_silu
+from .noise import fold_in, normal
 from .q_sample import q_sample
-from .random import fold_in, normal
 from .reference import LOSS_TYPES, channels_last_format
 from .reverse_step import ReverseStep, reverse_step
 from .vlb_terms import vlb_terms

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import backends, door, reference
+from . import dispatch, layout, reference
 
 __all__ = ["group_norm_silu"]
 
@@ -40,7 +40,7 @@ def group_norm_silu(
     # A network calls this more often than all other ops: the checks are plain comparisons, 5 us in all.
     channels, device = x.shape[1:2], x.device
     fits = (
-        x.dtype in door.FLOATING
+        x.dtype in layout.FLOATING
         and groups > 0
         and channels
         and channels[0] % groups == 0
@@ -53,7 +53,7 @@ def group_norm_silu(
     if fits and scale is not None:
         fits = all(p.shape == x.shape[:2] and p.is_floating_point() and p.device == device for p in (scale, shift))
     if not fits:
-        door.refuse(
+        layout.refuse(
             "group_norm_silu",
             f"x (N, C, ...) floating with C a multiple of groups = {groups}, weight and bias (C,), and scale and shift "
             "(N, C) both or neither, on one device",
@@ -63,14 +63,14 @@ def group_norm_silu(
             scale=scale,
             shift=shift,
         )
-    x = x.contiguous(memory_format=door.memory_format(x))
+    x = x.contiguous(memory_format=layout.memory_format(x))
     # The parameters share a dtype, x's or float32; scale and shift have x's.
     if not weight.dtype == bias.dtype == x.dtype:
         inner = torch.promote_types(x.dtype, torch.float32)
         weight, bias = weight.to(inner), bias.to(inner)
     if scale is not None:
-        scale, shift = door.dense(scale.to(x.dtype), shift.to(x.dtype))
-    weight, bias = door.dense(weight, bias)
+        scale, shift = layout.dense(scale.to(x.dtype), shift.to(x.dtype))
+    weight, bias = layout.dense(weight, bias)
     return _op(x)(x, weight, bias, scale, shift, groups, eps, silu)[0]
 
 
@@ -81,7 +81,7 @@ def _kernel(x, weight, bias, scale, shift, groups, eps, silu):
 def _fake(x, weight, bias, scale, shift, groups, eps, silu):
     statistics = x.new_empty((len(x), groups), dtype=torch.float32)
     return (
-        torch.empty_like(x, memory_format=door.memory_format(x)),
+        torch.empty_like(x, memory_format=layout.memory_format(x)),
         statistics,
         torch.empty_like(statistics),
     )
@@ -99,7 +99,7 @@ def _backward(ctx, grad: Tensor | None, *_):
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     if grad is None:
         return (None,) * 8
-    grad = grad.contiguous(memory_format=door.memory_format(x))
+    grad = grad.contiguous(memory_format=layout.memory_format(x))
     arguments = (grad, x, mean, rstd, weight, bias, scale, shift, ctx.groups, ctx.silu)
     grads = _backward_op(x)(*arguments)
     if scale is None:
@@ -114,14 +114,14 @@ def _backward_kernel(grad, x, mean, rstd, weight, bias, scale, shift, groups, si
 
 def _backward_fake(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu):
     return (
-        torch.empty_like(x, memory_format=door.memory_format(x)),
+        torch.empty_like(x, memory_format=layout.memory_format(x)),
         torch.empty_like(weight),
         torch.empty_like(bias),
         *(x.new_empty(0) if p is None else torch.empty_like(p) for p in (scale, shift)),
     )
 
 
-_op = backends.define(
+_op = dispatch.define(
     "group_norm_silu",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu) "
     "-> (Tensor y, Tensor mean, Tensor rstd)",
@@ -131,7 +131,7 @@ _op = backends.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-_backward_op = backends.define(
+_backward_op = dispatch.define(
     "group_norm_silu_backward",
     # the gradients of x, weight, bias, scale and shift, the last two empty where there are none
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import backends, door, reference
+from . import dispatch, layout, reference
 
 __all__ = ["q_sample"]
 
@@ -39,18 +39,18 @@ def q_sample(
             after the call has returned; Triton's kernels give NaN instead.
     """
     fits = (
-        (x_start.dtype in door.FLOATING or x_start.dtype == torch.uint8)
+        (x_start.dtype in layout.FLOATING or x_start.dtype == torch.uint8)
         and x_start.dim() >= 1
         and t.shape == x_start.shape[:1]
         and t.dtype == torch.int64
         and rows.dim() == 2
         and rows.shape[1] == 2
         and x_start.device == t.device == rows.device
-        and door.noise_fits(x_start, noise, keys, x_start.shape[:1])
+        and layout.noise_fits(x_start, noise, keys, x_start.shape[:1])
         and (noise is None) != (keys is None)
     )
     if not fits:
-        door.refuse(
+        layout.refuse(
             "q_sample",
             "x_start (N, ...) floating or uint8, t (N,) int64, rows (T, 2) float32, and either noise of the shape of "
             "x_start or keys (N, 2) int64, on one device",
@@ -65,22 +65,22 @@ def q_sample(
     data = x_start.dtype
     if data not in (torch.uint8, dtype):
         data = torch.promote_types(data, torch.float64 if dtype == torch.float64 else torch.float32)
-    layout = door.memory_format(x_start)
-    x_start = door.as_given(x_start, data, layout)
-    noise = door.as_given(noise, torch.float32 if data == torch.uint8 else data, layout)
-    keys, t = door.dense(keys, t)
+    layout = layout.memory_format(x_start)
+    x_start = layout.as_given(x_start, data, layout)
+    noise = layout.as_given(noise, torch.float32 if data == torch.uint8 else data, layout)
+    keys, t = layout.dense(keys, t)
     function = _op.reference if dtype == torch.float64 else _op(x_start)
-    return function(x_start, noise, keys, t, door.table(rows, x_start), dtype)
+    return function(x_start, noise, keys, t, layout.table(rows, x_start), dtype)
 
 
 def _kernel(x_start, noise, keys, t, rows, dtype):
-    door.check_index("q_sample", "t", t, len(rows))
+    layout.check_index("q_sample", "t", t, len(rows))
     x_t = reference.q_sample(x_start, noise, keys, t, rows, dtype)
-    return x_t.contiguous(memory_format=door.memory_format(x_start))
+    return x_t.contiguous(memory_format=layout.memory_format(x_start))
 
 
 def _fake(x_start, noise, keys, t, rows, dtype):
-    return torch.empty_like(x_start, dtype=dtype, memory_format=door.memory_format(x_start))
+    return torch.empty_like(x_start, dtype=dtype, memory_format=layout.memory_format(x_start))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -100,7 +100,7 @@ def _backward(ctx, grad: Tensor):
     )
 
 
-_op = backends.define(
+_op = dispatch.define(
     "q_sample",
     "(Tensor x_start, Tensor? noise, Tensor? keys, Tensor t, Tensor rows, ScalarType dtype) -> Tensor",
     kernel=_kernel,

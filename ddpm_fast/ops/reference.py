@@ -73,7 +73,7 @@ def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def noise_of(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """The noise of samples of a shape (N, ...), float32: images counted channels-last, all else as it lies."""
-    from .random import normal  # by the backend of the device, so that float64 sees the bits that the kernels do
+    from .noise import normal  # by the backend of the device, so that float64 sees the bits that the kernels do
 
     n, *rest = shape
     eps = normal(keys, math.prod(rest))

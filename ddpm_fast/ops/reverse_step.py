@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, door, reference
+from . import dispatch, layout, reference
 
 __all__ = ["ReverseStep", "reverse_step"]
 
@@ -69,7 +69,7 @@ def reverse_step(
     columns = 6 if variance is None else 8
     alike = (pred, x_start_prev, variance)
     fits = (
-        x.dtype in door.FLOATING
+        x.dtype in layout.FLOATING
         and x.dim() >= 1
         and all(y is None or (y.shape == x.shape and y.is_floating_point() and y.device == x.device) for y in alike)
         and step.shape in (torch.Size(()), x.shape[:1])
@@ -77,12 +77,12 @@ def reverse_step(
         and rows.dim() == 2
         and rows.shape[1] == columns
         and x.device == step.device == rows.device
-        and door.noise_fits(x, noise, keys, x.shape[:1] if keys is None or keys.dim() == 2 else (len(rows), len(x)))
+        and layout.noise_fits(x, noise, keys, x.shape[:1] if keys is None or keys.dim() == 2 else (len(rows), len(x)))
         and not (noise is not None and keys is not None)
         and (bounds is None or (bounds.shape == (len(x), 2) and bounds.device == x.device))
     )
     if not fits:
-        door.refuse(
+        layout.refuse(
             "reverse_step",
             f"x (N, ...) floating, pred (and x_start_prev, variance) of its shape, step () or (N,) int64, rows "
             f"(K, {columns}) float32, at most one of noise of the shape of x and keys (N, 2) or (K, N, 2) int64, and "
@@ -97,7 +97,7 @@ def reverse_step(
             variance=variance,
             clip=bounds,
         )
-    layout = door.memory_format(x)
+    layout = layout.memory_format(x)
     # A state in half precision goes with predictions of its own dtype, one in float32 with any.
     pred_dtype = pred.dtype
     inner = x.dtype if x.dtype in (torch.bfloat16, torch.float16) or pred.dtype == torch.float64 else pred.dtype
@@ -105,18 +105,18 @@ def reverse_step(
         _check_out(out, x, inner, layout)
         return_x_start, return_model_input = out.x_start is not None, out.model_input is not None
     x = x.contiguous(memory_format=layout)
-    pred, variance = (door.as_given(y, inner, layout) for y in (pred, variance))
-    noise, x_start_prev = (door.as_given(y, x.dtype, layout) for y in (noise, x_start_prev))
+    pred, variance = (layout.as_given(y, inner, layout) for y in (pred, variance))
+    noise, x_start_prev = (layout.as_given(y, x.dtype, layout) for y in (noise, x_start_prev))
     if keys is not None and keys.dim() == 2:
         keys = keys[None]
-    rows = door.table(rows, x)
+    rows = layout.table(rows, x)
     if bounds is not None:
         bounds = bounds.to(rows.dtype)
-    keys, step, bounds = door.dense(keys, step, bounds)
+    keys, step, bounds = layout.dense(keys, step, bounds)
 
     function = _op(x)
     arguments = (x, pred, noise, keys, x_start_prev, variance, bounds, step, rows, float(low), float(high))
-    wants_grad = door.needs_grad(x, pred, noise, x_start_prev, variance, *(out or ()))
+    wants_grad = layout.needs_grad(x, pred, noise, x_start_prev, variance, *(out or ()))
     if wants_grad and out is not None:
         raise ValueError(
             "reverse_step writes to `out` only where no gradient is wanted: detach its inputs, or give none"
@@ -158,13 +158,13 @@ def _check_out(out: ReverseStep, x: Tensor, model_dtype: torch.dtype, layout: to
         )
         if not fits and (result is not None or name == "x"):
             needs = f"out.{name} in {str(dtype).removeprefix('torch.')}, in the shape and layout of x"
-            door.refuse("reverse_step", needs, x=x, **{f"out.{name}": result})
+            layout.refuse("reverse_step", needs, x=x, **{f"out.{name}": result})
 
 
 def _kernel(*arguments):
     *arguments, x_next, x_start_out, model_input = arguments
     *_, step, rows, _, _ = arguments
-    door.check_index("reverse_step", "step", step, len(rows))
+    layout.check_index("reverse_step", "step", step, len(rows))
     result, x_start = reference.reverse_step(*arguments)
     x_next.copy_(result)
     if x_start_out is not None:
@@ -177,7 +177,7 @@ def _fake(*arguments):
     pass
 
 
-_op = backends.define(
+_op = dispatch.define(
     "reverse_step",
     "(Tensor x, Tensor pred, Tensor? noise, Tensor? keys, Tensor? x_start_prev, Tensor? variance, Tensor? bounds, "
     "Tensor step, Tensor rows, float low, float high, Tensor(a!) x_next, Tensor(b!)? x_start, "

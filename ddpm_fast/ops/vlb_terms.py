@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import backends, door, reference
+from . import dispatch, layout, reference
 
 __all__ = ["vlb_terms"]
 
@@ -47,7 +47,7 @@ def vlb_terms(
     columns = 6 if variance is None else 8
     alike = [y for y in (pred, variance) if y is not None]
     fits = (
-        x_t.dtype in door.FLOATING
+        x_t.dtype in layout.FLOATING
         and x_t.dim() >= 1
         and x_start.shape == x_t.shape
         and all(y.shape == x_t.shape and y.is_floating_point() and y.device == x_t.device for y in alike)
@@ -58,7 +58,7 @@ def vlb_terms(
         and x_start.device == x_t.device == t.device == rows.device
     )
     if not fits:
-        door.refuse(
+        layout.refuse(
             "vlb_terms",
             f"x_t (N, ...) floating, x_start, pred (and variance) of its shape, t (N,) int64 and rows (T, {columns}) "
             "float32, on one device",
@@ -69,19 +69,19 @@ def vlb_terms(
             rows=rows,
             variance=variance,
         )
-    layout = door.memory_format(x_t)
-    x_t = door.as_given(x_t, torch.promote_types(x_t.dtype, torch.float32), layout)
-    x_start = door.as_given(x_start, torch.uint8 if x_start.dtype == torch.uint8 else x_t.dtype, layout)
+    layout = layout.memory_format(x_t)
+    x_t = layout.as_given(x_t, torch.promote_types(x_t.dtype, torch.float32), layout)
+    x_start = layout.as_given(x_start, torch.uint8 if x_start.dtype == torch.uint8 else x_t.dtype, layout)
     inner = x_t.dtype if torch.float64 in (x_t.dtype, pred.dtype) else pred.dtype
-    pred, variance = (door.as_given(y, inner, layout) for y in (pred, variance))
+    pred, variance = (layout.as_given(y, inner, layout) for y in (pred, variance))
     low, high = (-math.inf, math.inf) if clip is None else clip
-    (t,) = door.dense(t)
-    arguments = (x_start, x_t, pred, variance, t, door.table(rows, x_t), float(low), float(high))
+    (t,) = layout.dense(t)
+    arguments = (x_start, x_t, pred, variance, t, layout.table(rows, x_t), float(low), float(high))
     return _op(x_t)(*arguments)
 
 
 def _kernel(x_start, x_t, pred, variance, t, rows, low, high):
-    door.check_index("vlb_terms", "t", t, len(rows))
+    layout.check_index("vlb_terms", "t", t, len(rows))
     return reference.vlb_terms(x_start, x_t, pred, variance, t, rows, low, high)
 
 
@@ -106,7 +106,7 @@ def _backward(ctx, grad: Tensor):
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
 
 
-_op = backends.define(
+_op = dispatch.define(
     "vlb_terms",
     "(Tensor x_start, Tensor x_t, Tensor pred, Tensor? variance, Tensor t, Tensor rows, float low, float high) "
     "-> Tensor",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import backends, door, reference
+from . import dispatch, layout, reference
 from .reference import LOSS_TYPES
 
 __all__ = ["weighted_loss"]
@@ -47,7 +47,7 @@ def weighted_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(REDUCTIONS)}")
     fits = (
-        pred.dtype in door.FLOATING
+        pred.dtype in layout.FLOATING
         and pred.dim() >= 1
         and t.shape == pred.shape[:1]
         and t.dtype == torch.int64
@@ -55,12 +55,12 @@ def weighted_loss(
         and rows.shape[1] == 3
         and pred.device == t.device == rows.device
         and (x_start is None or (x_start.shape == pred.shape and x_start.device == pred.device))
-        and door.noise_fits(pred, noise, keys, pred.shape[:1])
+        and layout.noise_fits(pred, noise, keys, pred.shape[:1])
         and not (noise is not None and keys is not None)
         and not (x_start is None and noise is None and keys is None)
     )
     if not fits:
-        door.refuse(
+        layout.refuse(
             "weighted_loss",
             "pred (N, ...) floating, t (N,) int64, rows (T, 3) float32, and at least one of x_start and noise, of the "
             "shape of pred, or keys (N, 2) int64 for noise, on one device",
@@ -71,38 +71,38 @@ def weighted_loss(
             noise=noise,
             keys=keys,
         )
-    layout = door.memory_format(pred)
+    layout = layout.memory_format(pred)
     # x_start and noise share a dtype, that of pred or float32; bytes go with float32.
     given = {x.dtype for x in (x_start, noise) if x is not None}
     data = pred.dtype if given == {pred.dtype} else torch.promote_types(pred.dtype, torch.float32)
     bytes_ = x_start is not None and x_start.dtype == torch.uint8
     pred = pred.contiguous(memory_format=layout)
-    x_start = door.as_given(x_start, torch.uint8 if bytes_ else data, layout)
-    noise = door.as_given(noise, data, layout)
-    keys, t = door.dense(keys, t)
-    rows = door.table(rows, pred)
+    x_start = layout.as_given(x_start, torch.uint8 if bytes_ else data, layout)
+    noise = layout.as_given(noise, data, layout)
+    keys, t = layout.dense(keys, t)
+    rows = layout.table(rows, pred)
 
     function = _op(pred)
-    if function is _op.reference or door.needs_grad(x_start, noise):
+    if function is _op.reference or layout.needs_grad(x_start, noise):
         loss = reference.weighted_loss(pred, x_start, noise, keys, t, rows, loss_type)
         return loss if reduction == "none" else loss.sum() / max(len(pred), 1)
     scale = 1.0 if reduction == "none" else 1 / max(len(pred), 1)
-    loss, _ = function(pred, x_start, noise, keys, t, rows, LOSS_TYPES.index(loss_type), scale, door.needs_grad(pred))
+    loss, _ = function(pred, x_start, noise, keys, t, rows, LOSS_TYPES.index(loss_type), scale, layout.needs_grad(pred))
     return loss if reduction == "none" else loss.sum()
 
 
 def _kernel(pred, x_start, noise, keys, t, rows, loss_type, scale, with_grad):
-    door.check_index("weighted_loss", "t", t, len(rows))
+    layout.check_index("weighted_loss", "t", t, len(rows))
     arguments = (pred, x_start, noise, keys, t, rows, LOSS_TYPES[loss_type])
     loss = scale * reference.weighted_loss(*arguments)
     if not with_grad:
         return loss, pred.new_empty(0)
     grad = scale * reference.weighted_loss_gradient(*arguments)
-    return loss, grad.to(pred.dtype).contiguous(memory_format=door.memory_format(pred))
+    return loss, grad.to(pred.dtype).contiguous(memory_format=layout.memory_format(pred))
 
 
 def _fake(pred, x_start, noise, keys, t, rows, loss_type, scale, with_grad):
-    grad = torch.empty_like(pred, memory_format=door.memory_format(pred)) if with_grad else pred.new_empty(0)
+    grad = torch.empty_like(pred, memory_format=layout.memory_format(pred)) if with_grad else pred.new_empty(0)
     return pred.new_empty(len(pred), dtype=torch.float32), grad
 
 
@@ -123,7 +123,7 @@ def _backward(ctx, grad_loss: Tensor | None, _):
     return (grad * grad_loss.view(-1, *[1] * (grad.dim() - 1))).to(grad.dtype), *[None] * 8
 
 
-_op = backends.define(
+_op = dispatch.define(
     "weighted_loss",
     # loss, grad: scale * the loss of each sample, and its gradient by pred (empty without with_grad)
     "(Tensor pred, Tensor? x_start, Tensor? noise, Tensor? keys, Tensor t, Tensor rows, int loss_type, float scale, "

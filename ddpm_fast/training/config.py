@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..diffusion import GaussianDiffusion
-from ..unet import UNet
+from ..nn.unet import UNet
 
 
 class ConfigError(ValueError):

@@ -11,7 +11,7 @@ from ptxsim import toolchain
 from torch import Tensor
 
 from ddpm_fast.ops import native
-from ddpm_fast.ops.backends import OPS, has_triton
+from ddpm_fast.ops.dispatch import OPS, has_triton
 
 GPU = torch.cuda.is_available()
 SIMULATED = (80, 90, 100)

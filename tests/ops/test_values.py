@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from runners import runners
 from strategies import STRATEGIES
 
-from ddpm_fast.ops import backends
+from ddpm_fast.ops import dispatch as backends
 
 
 @pytest.mark.parametrize("op", STRATEGIES)

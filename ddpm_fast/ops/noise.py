@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import backends, door, reference
+from . import dispatch, layout, reference
 
 __all__ = ["fold_in", "normal"]
 
@@ -20,7 +20,7 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
     """
     fits = keys.dim() == 2 and keys.shape[1] == 2 and data.shape == keys.shape[:1] and keys.device == data.device
     if not fits or keys.dtype != torch.int64 or data.dtype != torch.int64:
-        door.refuse("fold_in", "keys (M, 2) and data (M,), int64, on one device", keys=keys, data=data)
+        layout.refuse("fold_in", "keys (M, 2) and data (M,), int64, on one device", keys=keys, data=data)
     return _fold_in(keys)(keys.contiguous(), data.contiguous())
 
 
@@ -34,18 +34,18 @@ def normal(keys: Tensor, size: int) -> Tensor:
         (M, size), float32.
     """
     if keys.dim() != 2 or keys.shape[1] != 2 or keys.dtype != torch.int64 or size < 0:
-        door.refuse("normal", f"keys (M, 2) int64 and a size of at least 0 (it is {size})", keys=keys)
+        layout.refuse("normal", f"keys (M, 2) int64 and a size of at least 0 (it is {size})", keys=keys)
     return _normal(keys)(keys.contiguous(), size)
 
 
-_fold_in = backends.define(
+_fold_in = dispatch.define(
     "fold_in",
     "(Tensor keys, Tensor data) -> Tensor",
     kernel=reference.fold_in,
     reference=reference.fold_in,
     fake=lambda keys, data: torch.empty_like(keys),
 )
-_normal = backends.define(
+_normal = dispatch.define(
     "normal",
     "(Tensor keys, SymInt size) -> Tensor",
     kernel=lambda keys, size: reference.normal(keys, size).contiguous(),

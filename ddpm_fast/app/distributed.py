@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .trainer import RunError
+from ..training.trainer import RunError
 
 PATIENCE = timedelta(days=30)  # for a slower process; one that ended is noticed by its closed connection
 POLL = 0.05  # seconds

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import ops
-from .ops.door import memory_format
+from .. import ops
+from ..ops.layout import memory_format
 
 
 class PendingGroupNorm(nn.GroupNorm):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops.door import eager_on_cpu
+from ..ops.layout import eager_on_cpu
 
 PIXELS = 64  # of a result, at most: with 16 x 16, oneDNN is the faster one
 

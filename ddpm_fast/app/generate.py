@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .pictures import save_grid, save_images
-from .processes import Processes, joined
-from .trainer import Run
+from ..training.pictures import save_grid, save_images
+from ..training.trainer import Run
+from .distributed import Processes, joined
 
 REPORTS = 20  # a batch: so few that to wait for the device costs nothing, and the bar shows what it has done
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # n is not whole

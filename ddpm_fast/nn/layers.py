@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .ops.door import eager_on_cpu
-from .packing import Conv2d, Linear
+from .. import ops
+from ..ops.layout import eager_on_cpu
+from .packed_weights import Conv2d, Linear
 
 _all_kept: ContextVar[bool] = ContextVar("all is kept", default=False)
 

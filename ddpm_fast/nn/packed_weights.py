@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from . import gradients
-from .ops.door import eager_on_cpu
+from ..ops.layout import eager_on_cpu
+from . import conv_backward
 
 # What TorchInductor calls too.
 _onednn = torch.ops.mkldnn
@@ -125,8 +125,8 @@ class Conv2d(nn.Conv2d):
         bias = self.bias if bias is None else bias
         weights = _weights_for(x, self.weight) if self.padding_mode == "zeros" else None
         if weights is None or isinstance(self.padding, str) or x.dim() != 4:
-            if gradients.serves(self, x):
-                y = gradients.conv2d(x, self.weight, bias, self.stride, self.padding)
+            if conv_backward.serves(self, x):
+                y = conv_backward.conv2d(x, self.weight, bias, self.stride, self.padding)
             else:
                 y = self._conv_forward(x, self.weight, bias)
             return y if plus is None else y + plus

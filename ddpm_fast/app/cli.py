@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import info
-from .diffusion import SAMPLERS
+from .. import info
+from ..diffusion import SAMPLERS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command is info.main:
         return info.main()
     try:
-        from .training import checkpoint, config, data, trainer
+        from ..training import checkpoint, config, data, trainer
     except ModuleNotFoundError as error:
         sys.exit(f'ddpm-fast {options.name} needs {error.name}: pip install "ddpm_fast[train]"')
     try:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from .training import demo
+    from . import demo
 
     started = time.perf_counter()
     folder = _unused(options.out)
@@ -45,7 +45,7 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    from .training import config, trainer
+    from ..training import config, trainer
 
     chosen = config.load(options.config)
     folder = options.out or Path("runs", Path(options.config).stem)
@@ -55,8 +55,8 @@ def train(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    from .training import trainer
-    from .training.sampling import write_samples
+    from ..training import trainer
+    from .generate import write_samples
 
     run = trainer.load_run(options.run)
     chosen = {name: getattr(options, name) for name in ("n", "seed", "sampler", "steps")}
@@ -69,8 +69,8 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def estimate(options: argparse.Namespace) -> None:
-    from .training import config
-    from .training.estimate import estimate
+    from ..training import config
+    from .estimate import estimate
 
     print(estimate(config.load(options.config)))
 

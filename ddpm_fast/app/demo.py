@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import load
-from .pictures import to_uint8
-from .trainer import Run, train, write_pictures
+from ..training.config import load
+from ..training.pictures import to_uint8
+from ..training.trainer import Run, train, write_pictures
 
 JUDGED = 256  # samples
 CONFIDENT = 0.8  # the probability above which a sample counts as a digit

@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .config import RunConfig, build_diffusion
-from .trainer import autocast, make_optimizer, pick_device
+from ..training.config import RunConfig, build_diffusion
+from ..training.trainer import autocast, make_optimizer, pick_device
 
 SECONDS = 10  # about how long the timed steps take together
 STEPS = 4  # timed

@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import packing
-from .pending import PendingGroupNorm, computed, each, only_casts
+from . import packed_weights as packing
+from .lazy_group_norm import PendingGroupNorm, computed, each, only_casts
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from .checks import whole
+from ..checks import whole
 from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample, all_kept
-from .packing import Conv2d, Linear
+from .packed_weights import Conv2d, Linear
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The networks of the paper: CIFAR-10; CelebA-HQ and LSUN at 256 x 256.

@@ -1,0 +1,1 @@
+"""Networks: the U-Net, and what makes networks of other packages fast."""
