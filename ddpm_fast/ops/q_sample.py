@@ -65,9 +65,9 @@ def q_sample(
     data = x_start.dtype
     if data not in (torch.uint8, dtype):
         data = torch.promote_types(data, torch.float64 if dtype == torch.float64 else torch.float32)
-    layout = layout.memory_format(x_start)
-    x_start = layout.as_given(x_start, data, layout)
-    noise = layout.as_given(noise, torch.float32 if data == torch.uint8 else data, layout)
+    memory_format = layout.memory_format(x_start)
+    x_start = layout.as_given(x_start, data, memory_format)
+    noise = layout.as_given(noise, torch.float32 if data == torch.uint8 else data, memory_format)
     keys, t = layout.dense(keys, t)
     function = _op.reference if dtype == torch.float64 else _op(x_start)
     return function(x_start, noise, keys, t, layout.table(rows, x_start), dtype)

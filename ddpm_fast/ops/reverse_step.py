@@ -97,16 +97,16 @@ def reverse_step(
             variance=variance,
             clip=bounds,
         )
-    layout = layout.memory_format(x)
+    memory_format = layout.memory_format(x)
     # A state in half precision goes with predictions of its own dtype, one in float32 with any.
     pred_dtype = pred.dtype
     inner = x.dtype if x.dtype in (torch.bfloat16, torch.float16) or pred.dtype == torch.float64 else pred.dtype
     if out is not None:
-        _check_out(out, x, inner, layout)
+        _check_out(out, x, inner, memory_format)
         return_x_start, return_model_input = out.x_start is not None, out.model_input is not None
-    x = x.contiguous(memory_format=layout)
-    pred, variance = (layout.as_given(y, inner, layout) for y in (pred, variance))
-    noise, x_start_prev = (layout.as_given(y, x.dtype, layout) for y in (noise, x_start_prev))
+    x = x.contiguous(memory_format=memory_format)
+    pred, variance = (layout.as_given(y, inner, memory_format) for y in (pred, variance))
+    noise, x_start_prev = (layout.as_given(y, x.dtype, memory_format) for y in (noise, x_start_prev))
     if keys is not None and keys.dim() == 2:
         keys = keys[None]
     rows = layout.table(rows, x)
@@ -133,7 +133,7 @@ def reverse_step(
         return out
 
     def new(dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(x, dtype=dtype, memory_format=layout)
+        return torch.empty_like(x, dtype=dtype, memory_format=memory_format)
 
     results = out
     if results is None:
@@ -147,14 +147,14 @@ def reverse_step(
     return results
 
 
-def _check_out(out: ReverseStep, x: Tensor, model_dtype: torch.dtype, layout: torch.memory_format) -> None:
+def _check_out(out: ReverseStep, x: Tensor, model_dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     for name, result, dtype in zip(out._fields, out, (x.dtype, x.dtype, model_dtype), strict=True):
         fits = (
             result is not None
             and result.shape == x.shape
             and result.dtype == dtype
             and result.device == x.device
-            and result.is_contiguous(memory_format=layout)
+            and result.is_contiguous(memory_format=memory_format)
         )
         if not fits and (result is not None or name == "x"):
             needs = f"out.{name} in {str(dtype).removeprefix('torch.')}, in the shape and layout of x"

@@ -69,11 +69,11 @@ def vlb_terms(
             rows=rows,
             variance=variance,
         )
-    layout = layout.memory_format(x_t)
-    x_t = layout.as_given(x_t, torch.promote_types(x_t.dtype, torch.float32), layout)
-    x_start = layout.as_given(x_start, torch.uint8 if x_start.dtype == torch.uint8 else x_t.dtype, layout)
+    memory_format = layout.memory_format(x_t)
+    x_t = layout.as_given(x_t, torch.promote_types(x_t.dtype, torch.float32), memory_format)
+    x_start = layout.as_given(x_start, torch.uint8 if x_start.dtype == torch.uint8 else x_t.dtype, memory_format)
     inner = x_t.dtype if torch.float64 in (x_t.dtype, pred.dtype) else pred.dtype
-    pred, variance = (layout.as_given(y, inner, layout) for y in (pred, variance))
+    pred, variance = (layout.as_given(y, inner, memory_format) for y in (pred, variance))
     low, high = (-math.inf, math.inf) if clip is None else clip
     (t,) = layout.dense(t)
     arguments = (x_start, x_t, pred, variance, t, layout.table(rows, x_t), float(low), float(high))

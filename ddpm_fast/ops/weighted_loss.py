@@ -71,14 +71,14 @@ def weighted_loss(
             noise=noise,
             keys=keys,
         )
-    layout = layout.memory_format(pred)
+    memory_format = layout.memory_format(pred)
     # x_start and noise share a dtype, that of pred or float32; bytes go with float32.
     given = {x.dtype for x in (x_start, noise) if x is not None}
     data = pred.dtype if given == {pred.dtype} else torch.promote_types(pred.dtype, torch.float32)
     bytes_ = x_start is not None and x_start.dtype == torch.uint8
-    pred = pred.contiguous(memory_format=layout)
-    x_start = layout.as_given(x_start, torch.uint8 if bytes_ else data, layout)
-    noise = layout.as_given(noise, data, layout)
+    pred = pred.contiguous(memory_format=memory_format)
+    x_start = layout.as_given(x_start, torch.uint8 if bytes_ else data, memory_format)
+    noise = layout.as_given(noise, data, memory_format)
     keys, t = layout.dense(keys, t)
     rows = layout.table(rows, pred)
 

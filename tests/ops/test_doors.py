@@ -259,7 +259,7 @@ def test_the_choice_ends_with_its_context_even_by_an_error():
 
 
 def test_the_environment_can_choose():
-    code = "from ddpm_fast.ops import backends; print(dispatch._chosen)"
+    code = "from ddpm_fast.ops import dispatch; print(dispatch._chosen)"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"DDPM_FAST_BACKEND": "reference"},
