@@ -1,9 +1,11 @@
-"""Errors at the door: what was given, and what is needed."""
+"""Input validation: every error says what was given and what is needed."""
 
-__all__ = ["floating", "images", "pixels", "require", "timesteps", "whole"]
+__all__ = ["choice", "finite", "floating", "images", "integer", "options", "pixels", "require", "timesteps", "whole"]
 
+import inspect
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,16 +26,60 @@ def require(ok: Tensor, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
-def whole(name: str, value: Any, low: int, limit: int | None = None) -> int:
-    """The value as an int, NumPy's included: at least `low` and below `limit`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < low or (limit is not None and number >= limit):
+def integer(name: str, value: Any, low: int, limit: int | None = None) -> int:
+    """The value as an int, from NumPy's integers too: at least `low` and below `limit`.
+
+    In a compiled graph, an int stays symbolic, so that another value needs no other graph.
+    """
+    number = value if type(value) is int else _index(value)
+    if number is None or number < low or (limit is not None and number >= limit):
         bounds = f"of at least {low}" if limit is None else f"in [{low}, {limit})"
-        raise ValueError(f"{name} must be a whole number {bounds}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
     return number
+
+
+whole = integer
+
+
+def _index(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def finite(name: str, value: float, low: float) -> float:
+    """The value as a float: finite and at least `low`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not low <= number < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
+    return number
+
+
+def choice(kind: str, name: Any, names: Iterable[str]) -> str:
+    """The name, if it is one of `names`."""
+    names = list(names)
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(names)}")
+    return name
+
+
+def options(what: str, function: Callable[..., Any], given: Mapping[str, Any], skip: int) -> None:
+    """Checks that a function of a registry takes the keyword arguments given to it.
+
+    Args:
+        what: what the function is called in the message, such as "beta_schedule 'linear'".
+        skip: how many of its first parameters are not options.
+    """
+    allowed = list(inspect.signature(function).parameters)[skip:]
+    for key in given:
+        if key not in allowed:
+            raise ValueError(f"{what} has no argument {key!r}; it takes {', '.join(allowed) or 'none'}")
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -48,16 +94,25 @@ def pixels(name: str, x: Tensor) -> None:
         floating(name, x)
 
 
-def images(img: Tensor, shape: tuple[int, ...], *, unit_range: bool) -> None:
+def images(img: Tensor, shape: tuple[int, ...], *, unit_range: bool, bounds: tuple[float, float] | None = None) -> None:
     """Checks a batch for training.
 
     Args:
         img: (N, *shape); floating and, for unit_range, in [0, 1], or uint8 in [0, 255].
+        unit_range: [0, 1] is mapped to [-1, 1] for the network. Otherwise the data is taken as it is.
+        bounds: what samples are clipped to, in the range of the network.
     """
+    if not isinstance(img, Tensor):
+        hint = ""
+        if isinstance(img, list | tuple) and img and isinstance(img[0], Tensor):
+            hint = "; of a batch of images and labels, pass the images, batch[0]"
+        elif type(img).__module__ == "numpy":
+            hint = "; convert it by torch.from_numpy"
+        raise ValueError(f"images must be a tensor, got {type(img).__name__}{hint}")
     if img.ndim != len(shape) + 1 or tuple(img.shape[1:]) != shape:
         needed = ", ".join(["N", *map(str, shape)])
         raise ValueError(f"images must have the shape ({needed}), channels first; got {tuple(img.shape)}")
-    if not len(img):
+    if not img.shape[0]:
         raise ValueError("the batch is empty")
     if img.dtype == torch.uint8:
         if not unit_range:
@@ -69,8 +124,19 @@ def images(img: Tensor, shape: tuple[int, ...], *, unit_range: bool) -> None:
     if unit_range:
         ok = (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK)  # false for NaN
         require(ok, lambda: _range_message(low.item(), high.item()))
-    else:
-        require(low.isfinite() & high.isfinite(), lambda: "the data holds NaN or inf")
+        return
+    require(low.isfinite() & high.isfinite(), lambda: "the data holds NaN or inf")
+    if bounds is not None:
+        # A network trained on such data would never be seen to: its samples would be clipped.
+        ok = (low >= bounds[0] - RANGE_SLACK) & (high <= bounds[1] + RANGE_SLACK)
+        require(ok, lambda: _clip_message(low.item(), high.item(), bounds))
+
+
+def _clip_message(low: float, high: float, bounds: tuple[float, float]) -> str:
+    return (
+        f"with auto_normalize=False, the data must lie within {bounds}, to which clip_denoised clips samples; it "
+        f"reaches from {low:.4g} to {high:.4g}. Pass clip_denoised=(low, high) that hold it, or clip_denoised=False"
+    )
 
 
 def _range_message(low: float, high: float) -> str:
@@ -85,7 +151,7 @@ def _range_message(low: float, high: float) -> str:
 
 
 def timesteps(t: Tensor, batch: int, limit: int) -> None:
-    """Checks that t is (batch,) whole numbers in [0, limit)."""
+    """Checks that t is (batch,) integers in [0, limit), as int64."""
     if not isinstance(t, Tensor) or t.dtype != torch.int64:
         given = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(f"timesteps must be an int64 tensor of shape ({batch},); got {given}")

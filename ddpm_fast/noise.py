@@ -21,7 +21,7 @@ Streams: 0 is x_T in a sampling run and eps in training, k + 1 the noise of the 
 __all__ = [
     "OFFSET",
     "SECOND_IMAGE",
-    "Source",
+    "NoiseSource",
     "derive_seed",
     "draw_seed",
     "fold_in",
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import whole
+from .checks import integer
 from .ops import reference
 
 # Streams of other uses than the steps of a sampling run, which are fewer.
@@ -45,9 +45,15 @@ OFFSET = 1 << 32  # offset noise in training
 SECOND_IMAGE = OFFSET + 1  # the second image of an interpolation
 
 
-def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
-    """The key (seed, offset 0), shape (2,), int64 (the bits of uint64, for which PyTorch has no arithmetic)."""
-    seed = whole("seed", seed, -(1 << 63), 1 << 64)
+def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:
+    """The key (seed, offset 0), shape (2,), int64 (the bits of uint64, for which PyTorch has no arithmetic).
+
+    Args:
+        seed: in [-2^63, 2^64), or an int64 tensor of shape (), which is not read by the host.
+    """
+    if isinstance(seed, Tensor):
+        return torch.stack([seed, torch.zeros_like(seed)]).to(device)
+    seed = integer("seed", seed, -(1 << 63), 1 << 64)
     return torch.tensor([_as_int64(seed), 0], dtype=torch.int64, device=device)
 
 
@@ -83,7 +89,7 @@ def normal(keys: Tensor, size: int) -> Tensor:
 def sample_keys(
     samples: int,
     *,
-    seed: int,
+    seed: int | Tensor,
     streams: int | range = 0,
     sample_offset: int = 0,
     device: torch.device | str | None = None,
@@ -98,17 +104,17 @@ def sample_keys(
     Returns:
         (N, 2), or (K, N, 2) for a range of streams; int64.
     """
-    sample_offset = whole("sample_offset", sample_offset, 0, 1 << 63)
+    sample_offset = integer("sample_offset", sample_offset, 0, 1 << 63)
     keys = fold_in(key(seed, device=device), sample_offset + torch.arange(samples, device=device))  # (N, 2)
     if isinstance(streams, range):
         return fold_in(keys, torch.arange(streams.start, streams.stop, streams.step, device=device)[:, None])
-    return fold_in(keys, whole("stream", streams, 0, 1 << 63))
+    return fold_in(keys, integer("stream", streams, 0, 1 << 63))
 
 
 def gaussian(
     shape: Sequence[int],
     *,
-    seed: int,
+    seed: int | Tensor,
     stream: int = 0,
     sample_offset: int = 0,
     device: torch.device | str | None = None,
@@ -133,14 +139,18 @@ def gaussian(
     return reference.noise_of(keys, shape).to(dtype)
 
 
-class Source:
-    """Where a run's noise comes from.
+class NoiseSource:
+    """Where the noise of a run or of a training step comes from.
 
     Args:
         rng: `philox`: as `gaussian`. `torch`: by torch.randn, one call after the other, whatever the stream and
             the offset; the numbers that other packages draw.
         seed: a number, or a generator (philox: one seed is drawn from it); None for PyTorch's default generator.
         sample_offset: index in the run of the batch's first sample.
+        device, dtype: of the noise.
+
+    Raises:
+        ValueError: a seed that is neither a number in range, nor a generator, nor None.
     """
 
     def __init__(
@@ -152,19 +162,29 @@ class Source:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if seed is not None and not isinstance(seed, torch.Generator):
+            if isinstance(seed, list | tuple):
+                raise ValueError(
+                    f"seed must be one number or one torch.Generator for the whole batch, got a "
+                    f"{type(seed).__name__} of {len(seed)}; with sample_offset=n, image n of a "
+                    f"seed is the same in any batch"
+                )
+            seed = integer("seed", seed, -(1 << 63), 1 << 64)
         self.keyed = rng == "philox"
-        self.seed, self.sample_offset = seed, sample_offset
+        self.sample_offset = integer("sample_offset", sample_offset, 0, 1 << 63)
+        self.seed = seed
         self.device, self.dtype = device, dtype
         if not self.keyed and seed is not None and not isinstance(seed, torch.Generator):
-            self.seed = torch.Generator(device or "cpu").manual_seed(whole("seed", seed, -(1 << 63), 1 << 64))
+            self.seed = torch.Generator(device or "cpu").manual_seed(seed)
 
-    def _number(self) -> int:
+    def _number(self) -> int | Tensor:
+        # Not before noise is drawn: a run without any noise leaves the generator alone.
         if self.seed is None or isinstance(self.seed, torch.Generator):
-            self.seed = draw_seed(self.seed)  # not before noise is drawn: a run without any leaves the generator alone
+            self.seed = _drawn(self.seed)
         return self.seed
 
     def draw(self, stream: int, shape: Sequence[int]) -> Tensor:
-        """A stream's noise, as a tensor."""
+        """The noise of a stream, as a tensor."""
         if not self.keyed:
             return torch.randn(shape, generator=self.seed, device=self.device, dtype=self.dtype)
         return gaussian(
@@ -177,16 +197,27 @@ class Source:
         )
 
     def keys(self, samples: int, streams: int | range) -> Tensor:
-        """A stream's noise, as the keys that the ops make it from; see `sample_keys`. For philox alone."""
+        """The noise of a stream, as the keys that the ops make it from; see `sample_keys`. For philox alone."""
         return sample_keys(
             samples, seed=self._number(), streams=streams, sample_offset=self.sample_offset, device=self.device
         )
 
+    def arguments(self, stream: int, shape: Sequence[int]) -> dict[str, Tensor]:
+        """The noise of a stream as an op takes it: `keys` where there are any, or drawn `noise`."""
+        if self.keyed:
+            return {"keys": self.keys(shape[0], stream)}
+        return {"noise": self.draw(stream, shape)}
+
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """A 63-bit seed from a generator, PyTorch's default one if None (`torch.manual_seed` governs it)."""
+    return int(_drawn(generator))
+
+
+def _drawn(generator: torch.Generator | None) -> Tensor:
+    """The seed that `draw_seed` gives, as a tensor of shape (): a compiled graph does not wait for its value."""
     device = "cpu" if generator is None else generator.device
-    return int(torch.randint(0, (1 << 63) - 1, (), generator=generator, device=device))
+    return torch.randint(0, (1 << 63) - 1, (), generator=generator, device=device)
 
 
 def derive_seed(seed: int, *data: int) -> int:

@@ -14,8 +14,11 @@ and since x_t = a x_0 + s eps, one formula finds x_0 from any of them:
 
     x0_hat = (q x_t - s pred) / (a q - s p) = u x_t + w pred.
 
-An error e of the prediction is an error w e of x0_hat, so a weight on the one is w^2 times a weight on the other.
-All functions return float64 of shape (T,).
+An error e of the prediction is an error w e of x0_hat, so a weight on the error of x0_hat is w^2 times a weight on the
+error of the prediction. All functions return float64 of shape (T,).
+
+`OBJECTIVES`, `VARIANCES` and `LOSS_WEIGHTS` are registries: a function added to one of them is found by its name, by
+`GaussianDiffusion`, configs and the command line.
 """
 
 __all__ = [
@@ -28,35 +31,55 @@ __all__ = [
     "x_start_rows",
 ]
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .checks import choice, finite
 from .schedules import NoiseSchedule
 
-OBJECTIVES = ("pred_noise", "pred_x0", "pred_v", "pred_mean")
-VARIANCES = ("beta", "posterior")
-LOSS_WEIGHTS = ("simple", "snr", "min_snr", "vlb")
+Rows = tuple[Tensor, Tensor]
 
 
-def target_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:
+# Objectives: (p, q) of target = p x_0 + q eps
+
+
+def pred_noise(schedule: NoiseSchedule) -> Rows:
+    """eps."""
+    one = torch.ones_like(schedule.betas)
+    return torch.zeros_like(one), one
+
+
+def pred_x0(schedule: NoiseSchedule) -> Rows:
+    """x_0."""
+    one = torch.ones_like(schedule.betas)
+    return one, torch.zeros_like(one)
+
+
+def pred_v(schedule: NoiseSchedule) -> Rows:
+    """v = a eps - s x_0. Salimans & Ho (2022), appendix D."""
+    return -schedule.sqrt_one_minus_alphas_cumprod, schedule.sqrt_alphas_cumprod
+
+
+def pred_mean(schedule: NoiseSchedule) -> Rows:
+    """The mean of q(x_{t-1} | x_t, x_0), c0 x_0 + cx x_t. Ho et al. (2020), eq. 7."""
+    c0, cx = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+    return c0 + cx * schedule.sqrt_alphas_cumprod, cx * schedule.sqrt_one_minus_alphas_cumprod
+
+
+OBJECTIVES: dict[str, Callable[[NoiseSchedule], Rows]] = {
+    f.__name__: f for f in (pred_noise, pred_x0, pred_v, pred_mean)
+}
+
+
+def target_rows(schedule: NoiseSchedule, objective: str) -> Rows:
     """(p, q) of target = p x_0 + q eps."""
-    a, s = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-    zero, one = torch.zeros_like(a), torch.ones_like(a)
-    if objective == "pred_noise":
-        return zero, one
-    if objective == "pred_x0":
-        return one, zero
-    if objective == "pred_v":
-        return -s, a
-    if objective == "pred_mean":
-        c0, cx = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
-        return c0 + cx * a, cx * s
-    raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[choice("objective", objective, OBJECTIVES)](schedule)
 
 
-def x_start_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:
+def x_start_rows(schedule: NoiseSchedule, objective: str) -> Rows:
     """(u, w) of x0_hat = u x_t + w pred."""
     a, s = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
     p, q = target_rows(schedule, objective)
@@ -64,13 +87,61 @@ def x_start_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tenso
     return q / determinant, -s / determinant
 
 
+# Variances: sigma_t^2 of p(x_{t-1} | x_t). Ho et al. (2020), sec. 3.2
+
+
+def beta(schedule: NoiseSchedule) -> Tensor:
+    """sigma^2 = beta_t, optimal for x_0 ~ N(0, I)."""
+    return schedule.betas
+
+
+def posterior(schedule: NoiseSchedule) -> Tensor:
+    """The variance of q(x_{t-1} | x_t, x_0), optimal for one x_0."""
+    return schedule.posterior_variance
+
+
+VARIANCES: dict[str, Callable[[NoiseSchedule], Tensor]] = {f.__name__: f for f in (beta, posterior)}
+
+
 def variance(schedule: NoiseSchedule, kind: str) -> Tensor:
     """sigma_t^2 of p(x_{t-1} | x_t): `beta` (sigma^2 = beta_t) or `posterior`. Ho et al. (2020), sec. 3.2."""
-    if kind == "beta":
-        return schedule.betas
-    if kind == "posterior":
-        return schedule.posterior_variance
-    raise ValueError(f"unknown variance {kind!r}; there are {', '.join(VARIANCES)}")
+    return VARIANCES[choice("variance", kind, VARIANCES)](schedule)
+
+
+# Loss weights: of |pred - target|^2, from the schedule and w of x0_hat = u x_t + w pred
+
+
+def l_simple(schedule: NoiseSchedule, w: Tensor) -> Tensor:
+    """SNR on the error of x_0, which is 1 on that of eps: L_simple for every objective. Ho et al. (2020), eq. 14."""
+    return schedule.snr * w**2
+
+
+def uniform(schedule: NoiseSchedule, w: Tensor) -> Tensor:
+    """1, whatever the objective."""
+    return torch.ones_like(w)
+
+
+def min_snr(schedule: NoiseSchedule, w: Tensor, *, min_snr_gamma: float) -> Tensor:
+    """min(SNR, gamma) on the error of x_0. Hang et al. (2023)."""
+    if not finite("min_snr_gamma", min_snr_gamma, 0) > 0:
+        raise ValueError(f"min_snr_gamma must be above 0, got {min_snr_gamma}")
+    return schedule.snr.clamp(max=min_snr_gamma) * w**2
+
+
+def vlb(schedule: NoiseSchedule, w: Tensor, *, sigma2: Tensor) -> Tensor:
+    """The term of the variational bound, in nats. Ho et al. (2020), eq. 8 and 12.
+
+    At t = 0, where the posterior variance is 0, the variance of t = 1 is taken.
+    """
+    sigma2 = sigma2.clone()
+    if not sigma2[0]:
+        sigma2[0] = sigma2[1] if len(sigma2) > 1 else schedule.betas[0]
+    return schedule.posterior_mean_coef1**2 / (2 * sigma2) * w**2
+
+
+# A function takes (schedule, w) and, by name if it wants them, `sigma2` and `min_snr_gamma`.
+LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (l_simple, uniform, min_snr, vlb)}
+_FORMER_NAMES = {"snr": "l_simple", "simple": "uniform"}
 
 
 def loss_weight(
@@ -84,36 +155,26 @@ def loss_weight(
     """The weight of |pred - target|^2 at each timestep.
 
     Args:
-        kind: `simple`: 1, whatever the objective.
-            `snr`: SNR on the error of x_0, which is 1 on that of eps: L_simple of Ho et al. (2020), eq. 14,
-            for every objective.
-            `min_snr`: min(SNR, gamma) on the error of x_0. Hang et al. (2023).
-            `vlb`: the term of the variational bound, in nats. Ho et al. (2020), eq. 8 and 12; at t = 0, where
-            the posterior variance is 0, with that of t = 1.
-            Or the weights themselves, shape (T,), finite and not negative.
+        kind: a name in `LOSS_WEIGHTS`: `l_simple`, `uniform`, `min_snr` or `vlb` (`snr` and `simple` are former names
+        of
+            the first two); or the weights themselves, shape (T,), finite and not negative.
         variance_kind: sigma_t^2 of the reverse process, for `vlb`.
         min_snr_gamma: for `min_snr`.
+
+    Raises:
+        ValueError: an unknown name, or a table that does not fit.
     """
     _, w = x_start_rows(schedule, objective)
     if not isinstance(kind, str):
         table = torch.as_tensor(kind, dtype=torch.float64, device="cpu").detach()
         if table.shape != w.shape or not (table >= 0).all() or table.isinf().any():
+            values = f" with values from {table.min():.4g} to {table.max():.4g}" if table.numel() else ""
             raise ValueError(
                 f"loss_weight as a table must hold {len(w)} finite numbers of at least 0, one for each timestep; "
-                f"got the shape {tuple(table.shape)} with values from {table.min():.4g} to {table.max():.4g}"
+                f"got the shape {tuple(table.shape)}{values}"
             )
         return table
-    if kind == "simple":
-        return torch.ones_like(w)
-    if kind == "snr":
-        return schedule.snr * w**2
-    if kind == "min_snr":
-        if not min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma must be above 0, got {min_snr_gamma}")
-        return schedule.snr.clamp(max=min_snr_gamma) * w**2
-    if kind == "vlb":
-        sigma2 = variance(schedule, variance_kind).clone()
-        if not sigma2[0]:
-            sigma2[0] = sigma2[1] if len(sigma2) > 1 else schedule.betas[0]
-        return schedule.posterior_mean_coef1**2 / (2 * sigma2) * w**2
-    raise ValueError(f"unknown loss_weight {kind!r}; there are {', '.join(LOSS_WEIGHTS)}, or a table of shape (T,)")
+    function = LOSS_WEIGHTS[choice("loss_weight", _FORMER_NAMES.get(kind, kind), LOSS_WEIGHTS)]
+    given = {"sigma2": variance(schedule, variance_kind), "min_snr_gamma": min_snr_gamma}
+    wanted = inspect.signature(function).parameters
+    return function(schedule, w, **{name: value for name, value in given.items() if name in wanted})

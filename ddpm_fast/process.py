@@ -3,21 +3,43 @@ r"""The diffusion process without a network: its tables, and the closed forms be
 x_t = a_t x_0 + s_t eps         v = a_t eps - s_t x_0         a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t)
 """
 
-__all__ = ["DiffusionProcess"]
+__all__ = ["DiffusionProcess", "Seed", "drawing_from"]
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, samplers
+from . import checks, ops, samplers
+from .noise import NoiseSource
 from .parameterization import target_rows, x_start_rows
 from .parameterization import variance as make_variance
 from .schedules import NoiseSchedule
 
+RNGS = ("philox", "torch")
+Seed = int | torch.Generator | None
+
+# The noise of a run or of a training step in whose course a subclass' methods are called, which know of no seed.
+_source: ContextVar[NoiseSource | None] = ContextVar("noise source", default=None)
+
+
+@contextmanager
+def drawing_from(source: NoiseSource) -> Iterator[None]:
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
 
 class DiffusionProcess(nn.Module):
-    """The buffers that diffusion modules have and save, the rows that the ops take, and what follows from them.
+    """The tables of the process as buffers, the rows of coefficients for the ops, and the closed forms.
+
+    The buffers have the names and values of denoising_diffusion_pytorch's. The rows are not part of the state dict.
+    Both stay in float32 (float64 after `.double()`) whatever dtype the network is converted to.
 
     Data has the shape (N, C, ...), timesteps t (N,), int64, in [0, T).
 
@@ -26,10 +48,14 @@ class DiffusionProcess(nn.Module):
         objective: what the network predicts; see `parameterization`.
         variance: sigma^2 of ancestral steps: posterior or beta.
         loss_weight: the weight of each timestep, (T,), float64.
+        rng: `philox` or `torch`: see `noise.NoiseSource`.
     """
 
-    def __init__(self, schedule: NoiseSchedule, objective: str, variance: str, loss_weight: Tensor) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, objective: str, variance: str, loss_weight: Tensor, rng: str = "philox"
+    ) -> None:
         super().__init__()
+        self.rng = checks.choice("rng", rng, RNGS)
         self.schedule = schedule
         self.objective = objective
         self.variance = variance
@@ -47,45 +73,48 @@ class DiffusionProcess(nn.Module):
             self.register_buffer(name, rows.to(device, torch.float32), persistent=False)
 
     def _make_tables(self, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """float64: the buffers that others of this name have and save, and the rows that the ops take."""
-        s = self.schedule
-        a, sigma = s.sqrt_alphas_cumprod, s.sqrt_one_minus_alphas_cumprod
+        """The buffers that are saved, and the rows for the ops, in float64."""
+        schedule = self.schedule
+        a, s = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
         tables = {
-            "betas": s.betas,
-            "alphas_cumprod": s.alphas_cumprod,
-            "alphas_cumprod_prev": s.alphas_cumprod_prev,
+            "betas": schedule.betas,
+            "alphas_cumprod": schedule.alphas_cumprod,
+            "alphas_cumprod_prev": schedule.alphas_cumprod_prev,
             "sqrt_alphas_cumprod": a,
-            "sqrt_one_minus_alphas_cumprod": sigma,
-            "log_one_minus_alphas_cumprod": (1 - s.alphas_cumprod).log(),
+            "sqrt_one_minus_alphas_cumprod": s,
+            "log_one_minus_alphas_cumprod": (1 - schedule.alphas_cumprod).log(),
             "sqrt_recip_alphas_cumprod": 1 / a,
-            "sqrt_recipm1_alphas_cumprod": sigma / a,
-            "posterior_variance": s.posterior_variance,
-            "posterior_log_variance_clipped": s.posterior_variance.clamp(min=1e-20).log(),
-            "posterior_mean_coef1": s.posterior_mean_coef1,
-            "posterior_mean_coef2": s.posterior_mean_coef2,
+            "sqrt_recipm1_alphas_cumprod": s / a,
+            "posterior_variance": schedule.posterior_variance,
+            "posterior_log_variance_clipped": schedule.posterior_variance.clamp(min=1e-20).log(),
+            "posterior_mean_coef1": schedule.posterior_mean_coef1,
+            "posterior_mean_coef2": schedule.posterior_mean_coef2,
             "loss_weight": weight,
         }
-        sigma2 = make_variance(s, self.variance)
+        sigma2 = make_variance(schedule, self.variance)
         rows = {
-            "q_sample_rows": torch.stack([a, sigma], dim=1),  # (T, 2)
-            "x_start_rows": torch.stack(x_start_rows(s, self.objective), dim=1),  # (T, 2)
-            "loss_rows": torch.stack([*target_rows(s, self.objective), weight], dim=1),  # (T, 3)
+            "q_sample_rows": torch.stack([a, s], dim=1),  # (T, 2)
+            "x_start_rows": torch.stack(x_start_rows(schedule, self.objective), dim=1),  # (T, 2)
+            "loss_rows": torch.stack([*target_rows(schedule, self.objective), weight], dim=1),  # (T, 3)
             "variance_rows": torch.stack([sigma2, sigma2.clamp(min=1e-20).log()], dim=1),  # (T, 2)
-            "ancestral_rows": samplers.ancestral(s, self.objective, variance=self.variance).rows,  # (T, 6)
+            "ancestral_rows": samplers.ancestral(schedule, self.objective, variance=self.variance).rows,  # (T, 6)
         }
         return tables, rows
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiffusionProcess":
         super()._apply(fn, recurse)
-        # A schedule in half precision has no noise where there is little. The tables stay float32, or are the
-        # float64 ones after .double(), whatever dtype the network takes.
-        dtype = torch.float64 if self.betas.dtype == torch.float64 else torch.float32
+        # In half precision, 1 - abar would be 0 for the first timesteps.
+        self._renew_tables(torch.float64 if self.betas.dtype == torch.float64 else torch.float32)
+        return self
+
+    def _renew_tables(self, dtype: torch.dtype) -> None:
+        """Writes the buffers anew from float64, each on its device."""
         for name, table in (self._tables | self._rows).items():
             if not self._buffers[name].is_meta:
                 self._buffers[name] = table.to(self._buffers[name].device, dtype)
-        return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        dtype = torch.float64 if self.betas.dtype == torch.float64 else torch.float32
         for name, table in self._tables.items():
             given = state_dict.get(prefix + name)
             if given is None:
@@ -95,8 +124,14 @@ class DiffusionProcess(nn.Module):
                     f"the checkpoint's `{name}` is of another schedule, objective or loss weight: make the "
                     f"GaussianDiffusion with the arguments that the checkpoint was trained with"
                 )
-            state_dict[prefix + name] = table.float()
+            state_dict[prefix + name] = table.to(given.device, dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        # With assign=True, buffers on the meta device are replaced by those of the state dict, which has no rows.
+        if not self.betas.is_meta:
+            for name in self._rows:
+                if self._buffers[name].is_meta:
+                    self._buffers[name] = torch.empty_like(self._buffers[name], device=self.device)
+            self._renew_tables(dtype)
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +145,42 @@ class DiffusionProcess(nn.Module):
     def _extract(self, t: Tensor, x: Tensor, *tables: Tensor) -> list[Tensor]:
         checks.timesteps(t, len(x), self.num_timesteps)
         return [table[t].view(-1, *[1] * (x.ndim - 1)) for table in tables]
+
+    def noise_source(self, like: Tensor, seed: Seed = None, sample_offset: int = 0) -> NoiseSource:
+        """Where noise of a tensor's device and dtype comes from; see `noise.NoiseSource`."""
+        current = _source.get()
+        if current is not None and seed is None and not sample_offset:
+            return current
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        return NoiseSource(self.rng, seed=seed, sample_offset=sample_offset, device=like.device, dtype=dtype)
+
+    def q_sample(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        *,
+        seed: Seed = None,
+        sample_offset: int = 0,
+    ) -> Tensor:
+        """x_t = a_t x_0 + s_t eps. Ho et al. (2020), eq. 4.
+
+        Args:
+            x_start: x_0, (N, ...); floating, or uint8, mapped to [-1, 1].
+            t: (N,), int64, in [0, T).
+            noise: eps, the shape of x_start; drawn as stream 0 of `seed` if None.
+        """
+        self._check_start(x_start, t, noise)
+        eps = {"noise": noise}
+        if noise is None:
+            eps = self.noise_source(x_start, seed, sample_offset).arguments(0, x_start.shape)
+        return ops.q_sample(x_start, t, self.q_sample_rows, **eps)
+
+    def _check_start(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> None:
+        checks.pixels("x_start", x_start)
+        checks.timesteps(t, x_start.shape[0], self.num_timesteps)
+        if noise is not None and noise.shape != x_start.shape:
+            raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_0 = x_t / a - eps s / a. Ho et al. (2020), eq. 4."""

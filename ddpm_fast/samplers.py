@@ -5,18 +5,33 @@ A step takes x_t to x_t' at the next, less noisy timestep t' (primes below; abar
     x0_hat = u x_t + w pred
     x_t'   = A x_t + B clip(x0_hat) + C x0_prev + sigma z,     z ~ N(0, I)
 
-A sampler is a function that gives these numbers for K steps. Nothing else of it reaches a kernel.
+A sampler is a function from a schedule to these numbers for K steps, a `StepTable`. `SAMPLERS` is the registry: a
+sampler that is added to it is found by its name, by `GaussianDiffusion`, configs and the command line.
+
+Symbols: a = sqrt(abar) and s = sqrt(1 - abar) at t, a' and s' at t', lambda = log(a / s).
 """
 
-__all__ = ["StepTable", "ancestral", "ddim", "dpmpp_2m", "karras_timesteps", "strided_timesteps"]
+__all__ = [
+    "SAMPLERS",
+    "StepTable",
+    "ancestral",
+    "ddim",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "karras_timesteps",
+    "make",
+    "strided_timesteps",
+]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import whole
+from .checks import choice, finite, integer
+from .checks import options as check_options
 from .parameterization import variance as make_variance
 from .parameterization import x_start_rows
 from .schedules import NoiseSchedule
@@ -24,7 +39,11 @@ from .schedules import NoiseSchedule
 
 @dataclass(frozen=True)
 class StepTable:
-    """K steps in the order in which they are taken, each field of shape (K,): t int64, the others float64."""
+    """K steps in the order in which they are taken, each field of shape (K,): t int64, the others float64.
+
+    Raises:
+        ValueError: fields of different lengths, or coefficients that are not finite.
+    """
 
     t: Tensor
     u: Tensor
@@ -33,6 +52,14 @@ class StepTable:
     B: Tensor
     C: Tensor
     sigma: Tensor
+
+    def __post_init__(self) -> None:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, column in columns.items():
+            if column.shape != (len(self.t),) or not column.isfinite().all():
+                raise ValueError(
+                    f"a StepTable of {len(self.t)} steps needs as many finite numbers in {name}; got {column}"
+                )
 
     def __len__(self) -> int:
         return len(self.t)
@@ -57,11 +84,11 @@ def strided_timesteps(timesteps: int, steps: int | Sequence[int]) -> Tensor:
         ValueError: more steps than timesteps, or timesteps outside [0, T) or given twice.
     """
     if _is_count(steps):
-        steps = whole("steps", steps, 1, timesteps + 1)
+        steps = integer("steps", steps, 1, timesteps + 1)
         return torch.linspace(-1, timesteps - 1, steps + 1, device="cpu").long()[1:].flip(0)
     chosen = torch.as_tensor(steps, device="cpu")
     if chosen.ndim != 1 or not len(chosen) or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise ValueError(f"steps must be a whole number or a list of whole timesteps, got {steps!r}")
+        raise ValueError(f"steps must be an integer or a list of timesteps, got {steps!r}")
     if chosen.min() < 0 or chosen.max() >= timesteps or len(chosen.unique()) < len(chosen):
         raise ValueError(f"timesteps must be distinct and lie in [0, {timesteps}); got {chosen.tolist()}")
     return chosen.long().sort(descending=True).values
@@ -87,7 +114,7 @@ def karras_timesteps(schedule: NoiseSchedule, steps: int | Sequence[int]) -> Ten
 
 
 def _is_count(steps: int | Sequence[int]) -> bool:
-    return hasattr(steps, "__index__") and not isinstance(steps, Tensor)
+    return hasattr(steps, "__index__") and not hasattr(steps, "__len__")  # which arrays and tensors have
 
 
 def _abar_pairs(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,15 +130,21 @@ def ancestral(
     *,
     variance: str = "posterior",
 ) -> StepTable:
-    """Ancestral sampling. Ho et al. (2020), algorithm 2; strided as in Nichol & Dhariwal (2021), sec. 4.
+    r"""Ancestral sampling. Ho et al. (2020), algorithm 2; strided as in Nichol & Dhariwal (2021), sec. 4.
+
+        alpha = abar / abar',  beta = 1 - alpha                the visited timesteps are a schedule of their own
+        A     = sqrt(alpha) (1 - abar') / (1 - abar)
+        B     = sqrt(abar') beta / (1 - abar)
+        C     = 0
+        sigma = sqrt(beta)  or  sqrt(beta (1 - abar') / (1 - abar)),  and 0 in the last step
 
     Args:
         steps: as in `strided_timesteps`; None for all.
-        variance: sigma^2 = `beta` or `posterior` (those of the strided chain).
+        variance: a name in `parameterization.VARIANCES`: `posterior` or `beta`.
     """
     t = strided_timesteps(len(schedule), len(schedule) if steps is None else steps)
     abar, abar_next = _abar_pairs(schedule, t)
-    chain = NoiseSchedule((1 - abar / abar_next).flip(0))  # the visited timesteps are a schedule of their own
+    chain = NoiseSchedule((1 - abar / abar_next).flip(0))
     sigma2 = make_variance(chain, variance).flip(0)
     sigma2[-1] = 0  # the last step returns the mean
     u, w = (row[t] for row in x_start_rows(schedule, objective))
@@ -129,14 +162,22 @@ def ancestral(
 def ddim(
     schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None, *, eta: float = 0.0
 ) -> StepTable:
-    """DDIM. Song et al. (2021), eq. 12 and 16, with eps found again from the clipped x0_hat.
+    r"""DDIM. Song et al. (2021), eq. 12 and 16, with eps found again from the clipped x0_hat.
+
+        sigma = eta sqrt((1 - abar') / (1 - abar)) sqrt(1 - abar / abar')
+        d     = sqrt(1 - abar' - sigma^2)                      the coefficient of eps = (x_t - a x0_hat) / s
+        A     = d / s
+        B     = a' - d a / s
+        C     = 0
 
     Args:
         steps: as in `strided_timesteps`; None for all.
-        eta: 0 is deterministic, 1 has the posterior variance; larger ones as long as a step's variance allows.
+        eta: 0 is deterministic, 1 has the posterior variance. A larger eta is possible while sigma^2 <= 1 - abar'.
+
+    Raises:
+        ValueError: eta is negative or not finite, or sigma^2 would exceed 1 - abar'.
     """
-    if not eta >= 0:
-        raise ValueError(f"eta must be at least 0, got {eta}")
+    finite("eta", eta, 0)
     t = strided_timesteps(len(schedule), len(schedule) if steps is None else steps)
     abar, abar_next = _abar_pairs(schedule, t)
     a, s, a_next = abar.sqrt(), (1 - abar).sqrt(), abar_next.sqrt()
@@ -149,33 +190,96 @@ def ddim(
     return StepTable(t=t, u=u, w=w, A=direction / s, B=a_next - direction * a / s, C=torch.zeros_like(u), sigma=sigma)
 
 
-def dpmpp_2m(
-    schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None, *, sde: bool = False
-) -> StepTable:
-    """DPM-Solver++(2M). Lu et al. (2022), algorithm 2, of second order in the steps of lambda = log(a / s).
+def dpmpp_2m(schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None) -> StepTable:
+    r"""DPM-Solver++(2M). Lu et al. (2022), algorithm 2, of second order in the steps of lambda = log(a / s).
 
-    x0_hat is extrapolated linearly in lambda from the last two to the middle of the step. The first step has one
-    alone, and the last, to lambda' = infinity, returns its x0_hat: both are of first order, where this is DDIM.
+        h = lambda' - lambda,  r = h_prev / h                  h_prev: the h of the step before
+        D = (1 + 1 / 2r) x0_hat - 1 / 2r x0_prev               x0_hat, extrapolated to the middle of the step
+        x' = s' / s x - a' (e^-h - 1) D
+
+        A = s' / s
+        B = -a' (e^-h - 1) (1 + 1 / 2r)
+        C = a' (e^-h - 1) / 2r
+        sigma = 0
+
+    The first step has no x0_prev, and the last one, to lambda' = infinity, returns x0_hat: both are of first order,
+    with 1 / 2r = 0, where the sampler is DDIM.
 
     Args:
-        steps: as in `karras_timesteps`; None for all. Of those given, a step many times as long as the one before
-            extrapolates as far.
-        sde: SDE-DPM-Solver++(2M) of the same paper, which adds noise; at first order, DDIM with eta = 1.
+        steps: as in `karras_timesteps`; None for all. With given timesteps, a step much longer than the one before it
+            extrapolates proportionally.
     """
+    t, abar, abar_next, h, half_ratio = _multistep(schedule, steps)
+    s, a_next, s_next = (1 - abar).sqrt(), abar_next.sqrt(), (1 - abar_next).sqrt()
+    gain = -a_next * torch.expm1(-h)
+    u, w = (row[t] for row in x_start_rows(schedule, objective))
+    B, C = gain * (1 + half_ratio), -gain * half_ratio
+    return StepTable(t=t, u=u, w=w, A=s_next / s, B=B, C=C, sigma=torch.zeros_like(h))
+
+
+def dpmpp_2m_sde(schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None) -> StepTable:
+    r"""SDE-DPM-Solver++(2M) of Lu et al. (2022), which adds noise; of first order, it is DDIM with eta = 1.
+
+    With h, r and D as in `dpmpp_2m`:
+
+        x' = s' / s e^-h x - a' (e^-2h - 1) D + s' sqrt(1 - e^-2h) z
+
+        A = s' / s e^-h
+        B = -a' (e^-2h - 1) (1 + 1 / 2r)
+        C = a' (e^-2h - 1) / 2r
+        sigma = s' sqrt(1 - e^-2h)
+
+    Args:
+        steps: as in `karras_timesteps`; None for all.
+    """
+    t, abar, abar_next, h, half_ratio = _multistep(schedule, steps)
+    s, a_next, s_next = (1 - abar).sqrt(), abar_next.sqrt(), (1 - abar_next).sqrt()
+    gain = -a_next * torch.expm1(-2 * h)
+    u, w = (row[t] for row in x_start_rows(schedule, objective))
+    B, C = gain * (1 + half_ratio), -gain * half_ratio
+    return StepTable(t=t, u=u, w=w, A=s_next / s * (-h).exp(), B=B, C=C, sigma=s_next * (-torch.expm1(-2 * h)).sqrt())
+
+
+def _multistep(
+    schedule: NoiseSchedule, steps: int | Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """t, abar, abar', h and 1 / 2r of each step of DPM-Solver++(2M); 1 / 2r is 0 in the first and the last."""
     t = karras_timesteps(schedule, len(schedule) if steps is None else steps)
     abar, abar_next = _abar_pairs(schedule, t)
-    s, a_next, s_next = (1 - abar).sqrt(), abar_next.sqrt(), (1 - abar_next).sqrt()
     h = ((abar_next / (1 - abar_next)).log() - (abar / (1 - abar)).log()) / 2
-    ahead = torch.zeros_like(h)  # 1 / 2r: from x0_hat to the middle of this step, as a share of the step before
-    ahead[1:-1] = h[1:-1] / (2 * h[:-2])
-    gain = -a_next * torch.expm1(-2 * h if sde else -h)
-    u, w = (row[t] for row in x_start_rows(schedule, objective))
-    return StepTable(
-        t=t,
-        u=u,
-        w=w,
-        A=s_next / s * ((-h).exp() if sde else 1),
-        B=gain * (1 + ahead),
-        C=-gain * ahead,
-        sigma=s_next * (-torch.expm1(-2 * h)).sqrt() if sde else torch.zeros_like(h),
-    )
+    half_ratio = torch.zeros_like(h)
+    half_ratio[1:-1] = h[1:-1] / (2 * h[:-2])
+    return t, abar, abar_next, h, half_ratio
+
+
+# A function from (schedule, objective, steps) and options of its own to a StepTable.
+SAMPLERS: dict[str, Callable[..., StepTable]] = {
+    "ddpm": ancestral,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+}
+
+
+def make(
+    name: str,
+    schedule: NoiseSchedule,
+    objective: str,
+    steps: int | Sequence[int] | None = None,
+    **options: Any,
+) -> StepTable:
+    """The steps of a sampler by its name.
+
+    Args:
+        name: one of `SAMPLERS`: ddpm (`ancestral`), ddim, dpmpp_2m, dpmpp_2m_sde.
+        schedule: of the forward process.
+        objective: what the network predicts; a name in `parameterization.OBJECTIVES`.
+        steps: how many, or the timesteps themselves; None for all.
+        options: the sampler's own arguments, such as `eta` of ddim or `variance` of ddpm.
+
+    Raises:
+        ValueError: an unknown name or option, or steps that cannot be.
+    """
+    sampler = SAMPLERS[choice("sampler", name, SAMPLERS)]
+    check_options(f"sampler {name!r}", sampler, options, skip=3)
+    return sampler(schedule, objective, steps, **options)

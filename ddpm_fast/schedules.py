@@ -11,15 +11,14 @@ beta_1. Everything is float64: 1 - abar_t of a float32 table is off by 1e-4 wher
 
 __all__ = ["SCHEDULES", "NoiseSchedule", "make"]
 
-import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .checks import whole
+from .checks import choice, integer, options
 
 MAX_BETA = 0.999  # Nichol & Dhariwal (2021), sec. 3.2: keeps abar_T above 0
 
@@ -164,7 +163,8 @@ def _warmup(timesteps: int, beta_start: float, beta_end: float, share: float) ->
     return betas
 
 
-SCHEDULES = {
+# A function from T, and arguments of its own, to betas of shape (T,), float64. Functions added here are found by name.
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
     f.__name__: f for f in (linear, quadratic, cosine, sigmoid, sigmoid_beta, constant, jsd, warmup10, warmup50)
 }
 
@@ -181,11 +181,7 @@ def make(name: str, timesteps: int, **kwargs: float) -> NoiseSchedule:
     Raises:
         ValueError: an unknown name or argument, or betas that leave (0, 1), as linear's do for T <= 20.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown beta_schedule {name!r}; there are {', '.join(SCHEDULES)}")
-    timesteps = whole("timesteps", timesteps, 1)
-    allowed = list(inspect.signature(SCHEDULES[name]).parameters)[1:]
-    for key in kwargs:
-        if key not in allowed:
-            raise ValueError(f"beta_schedule {name!r} has no argument {key!r}; it takes {', '.join(allowed) or 'none'}")
+    choice("beta_schedule", name, SCHEDULES)
+    timesteps = integer("timesteps", timesteps, 1)
+    options(f"beta_schedule {name!r}", SCHEDULES[name], kwargs, skip=1)
     return NoiseSchedule(SCHEDULES[name](timesteps, **kwargs), name=f"beta_schedule {name!r}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import GaussianDiffusion, noise
-from ddpm_fast.diffusion import SAMPLERS
+from ddpm_fast.samplers import SAMPLERS
 from ddpm_fast.parameterization import OBJECTIVES, loss_weight
 from ddpm_fast.schedules import NoiseSchedule
 
@@ -302,7 +302,7 @@ def test_weights_use_the_arguments_given():
 
 def test_noise_may_be_given_and_is_not_changed():
     diffusion = make(offset_noise_strength=0.1).eval()
-    with pytest.raises(ValueError, match="whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="integer of at least 1, got 0"):
         diffusion.sample(0)
     x_T = torch.randn(3, 2, 4, 6)
     before = x_T.clone()
@@ -433,7 +433,7 @@ def test_numpys_numbers_are_numbers():
     assert torch.equal(a, diffusion.sample(2, seed=3, steps=5, sample_offset=1))
     for bad in (1.5, "7", torch.tensor(0.5), True):
         for rng in ("philox", "torch"):
-            with pytest.raises(ValueError, match="seed must be a whole number"):
+            with pytest.raises(ValueError, match="seed must be an integer"):
                 make(rng=rng).sample(2, seed=bad)
 
 
@@ -527,14 +527,19 @@ def test_betas_of_ones_own_set_the_timesteps():
         ({"loss_type": "mse"}, "unknown loss_type 'mse'; there are l2, l1, huber"),
         ({"loss_weight": "p2"}, "unknown loss_weight 'p2'"),
         ({"rng": "curand"}, "unknown rng 'curand'; there are philox, torch"),
-        ({"sampling_timesteps": 21}, r"steps must be a whole number in \[1, 21\)"),
+        ({"sampling_timesteps": 21}, r"steps must be an integer in \[1, 21\)"),
         ({"clip_denoised": (1, -1)}, "low < high"),
-        ({"ddim_sampling_eta": -1.0}, "eta must be at least 0"),
+        ({"ddim_sampling_eta": -1.0}, "eta must be a finite number of at least 0, got -1.0"),
         ({"ddim_sampling_eta": 9.0}, "more noise"),
+        ({"ddim_sampling_eta": math.inf}, "eta must be a finite number"),
+        ({"sampler": "plms"}, "unknown sampler 'plms'; there are ddpm, ddim"),
+        ({"offset_noise_strength": math.nan}, "offset_noise_strength must be a finite number"),
+        ({"size": 8.0}, "image_size must be an integer of at least 1, got 8.0"),
+        ({"clip_denoised": None}, r"clip_denoised must be True, False or \(low, high\)"),
         ({"min_snr_loss_weight": True, "loss_weight": "vlb"}, "got loss_weight='vlb' too"),
-        ({"loss_weight": "min_snr", "min_snr_gamma": -1.0}, "min_snr_gamma must be above 0"),
-        ({"size": (0, 4)}, "image_size must be a whole number of at least 1, got 0"),
-        ({"channels": 0}, "channels must be a whole number"),
+        ({"loss_weight": "min_snr", "min_snr_gamma": -1.0}, "min_snr_gamma must be a finite number of at least 0"),
+        ({"size": (0, 4)}, "image_size must be an integer of at least 1, got 0"),
+        ({"channels": 0}, "channels must be an integer"),
         ({"timesteps": 10_000, "beta_schedule": "constant"}, "10000 timesteps leave abar_T = .* of the signal"),
     ],
 )
@@ -623,7 +628,7 @@ def test_timesteps_that_cannot_be_are_refused(t, message):
 
 @pytest.mark.parametrize("t", [20, -1, 1.0, True])
 def test_a_step_at_a_timestep_that_cannot_be_is_refused(t):
-    with pytest.raises(ValueError, match=r"whole number in \[0, 20\)"):
+    with pytest.raises(ValueError, match=r"integer in \[0, 20\)"):
         make().p_sample(torch.rand(2, 2, 4, 6), t)
 
 

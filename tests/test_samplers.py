@@ -41,6 +41,9 @@ def test_every_sampler_keeps_the_marginals_where_it_should():
         torch.testing.assert_close(table.A**2 * (1 - here) + table.sigma**2, 1 - after, rtol=1e-9, atol=1e-12)
 
 
+MULTISTEP = (samplers.dpmpp_2m, samplers.dpmpp_2m_sde)
+
+
 @pytest.mark.parametrize("sde", [False, True])
 def test_dpm_solver_pp_is_the_papers_recursion(sde):
     """Lu et al. (2022), algorithm 2 and its SDE form, on numbers for what the network and the noise would be."""
@@ -50,7 +53,7 @@ def test_dpm_solver_pp_is_the_papers_recursion(sde):
     lam = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
     x0, z = torch.randn(2, len(steps), generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
 
-    table = samplers.dpmpp_2m(SCHEDULE, "pred_noise", steps, sde=sde)
+    table = MULTISTEP[sde](SCHEDULE, "pred_noise", steps)
     assert table.t.tolist() == steps
     expected = x = 1.7
     for i in range(1, len(steps)):
@@ -73,7 +76,7 @@ def test_dpm_solver_pp_is_the_papers_recursion(sde):
 @pytest.mark.parametrize("sde", [False, True])
 def test_dpm_solver_pp_with_two_equal_guesses_is_ddim(sde, steps):
     """Its first order is DDIM, with eta = 1 for the SDE: Lu et al. (2022). One step or two are all of first order."""
-    table = samplers.dpmpp_2m(SCHEDULE, "pred_v", steps, sde=sde)
+    table = MULTISTEP[sde](SCHEDULE, "pred_v", steps)
     ddim = samplers.ddim(SCHEDULE, "pred_v", table.t.tolist(), eta=float(sde))
     close = {"rtol": 1e-9, "atol": 1e-10}
     for a, b in ((table.A, ddim.A), (table.B + table.C, ddim.B), (table.sigma, ddim.sigma)):
@@ -89,7 +92,7 @@ def test_dpm_solver_pp_rows_are_finite(name, objective):
     schedule = schedules.make(name, 100)
     for steps in (1, 2, 3, 20, 100):
         for sde in (False, True):
-            assert samplers.dpmpp_2m(schedule, objective, steps, sde=sde).rows.isfinite().all()
+            assert MULTISTEP[sde](schedule, objective, steps).rows.isfinite().all()
 
 
 def test_dpm_solver_pp_of_a_schedule_that_ends_without_signal_begins_at_x0_hat():
@@ -98,7 +101,7 @@ def test_dpm_solver_pp_of_a_schedule_that_ends_without_signal_begins_at_x0_hat()
     a, s = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
     assert a[-1] < 1e-9
     for sde in (False, True):
-        table = samplers.dpmpp_2m(schedule, "pred_v", 20, sde=sde)
+        table = MULTISTEP[sde](schedule, "pred_v", 20)
         assert table.rows.isfinite().all()
         signal, noise = a[table.t[1]].item(), s[table.t[1]].item()
         noisy = [0.0, signal, 0.0, noise] if sde else [noise, signal, 0.0, 0.0]

@@ -208,9 +208,9 @@ def test_dropout_is_made_where_the_images_are():
         ({"image_size": 18, "dim_mults": (1, 2, 4)}, "image_size=18 cannot be halved 2 times.*multiple of 4"),
         ({"dim": 30}, "dim=30 must be even and a multiple of norm_groups=8"),
         ({"attention_resolutions": (7,)}, r"attention_resolutions has 7, but the levels have H = \[16, 8\]"),
-        ({"dim_mults": (0, 1)}, "dim_mults must be a whole number of at least 1, got 0"),
-        ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
-        ({"image_size": (8, 16)}, "image_size must be a whole number"),
+        ({"dim_mults": (0, 1)}, "dim_mults must be a integer of at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads must be a integer of at least 1, got 0"),
+        ({"image_size": (8, 16)}, "image_size must be an integer"),
         ({"num_heads": 3}, "num_heads=3 must divide the 64 channels"),
     ],
 )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import info
-from ..diffusion import SAMPLERS
+from ..samplers import SAMPLERS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,353 @@
+r"""The reverse process: sampling, from noise to images.
+
+x_T is drawn, network and step take turns, and the result is mapped from [-1, 1] back to [0, 1].
+"""
+
+__all__ = ["ReverseProcess", "SampleState"]
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import checks, ops, samplers
+from .denoiser import Denoiser, ModelArguments, clip_bounds
+from .noise import SECOND_IMAGE, NoiseSource
+from .process import Seed, drawing_from
+from .samplers import StepTable
+from .sampling_run import MethodRun, Run, SamplingRun
+from .schedules import NoiseSchedule
+
+
+class SampleState(NamedTuple):
+    """A state of a sampling run.
+
+    `step` steps have been taken; `t` is the timestep whose noise `x` holds, -1 for the finished sample. `x` is in
+    the range of `sample`; `x_start` is the clipped x0_hat of the last step in that range, None before the first.
+    """
+
+    step: int
+    t: int
+    x: Tensor
+    x_start: Tensor | None
+
+
+class ReverseProcess(Denoiser):
+    """A denoiser that samples.
+
+    Args:
+        model, schedule, objective, variance, loss_weight, clip_denoised, rng: see `Denoiser`.
+        shape: of a sample, (C, ...).
+        sampler, sampling_timesteps, ddim_sampling_eta: what `sample` takes where it is given none.
+        auto_normalize: samples are mapped from [-1, 1] to [0, 1].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: NoiseSchedule,
+        objective: str,
+        variance: str,
+        loss_weight: Tensor,
+        clip_denoised: bool | tuple[float, float],
+        rng: str,
+        *,
+        shape: tuple[int, ...],
+        sampler: str | None,
+        sampling_timesteps: int | None,
+        ddim_sampling_eta: float,
+        auto_normalize: bool,
+    ) -> None:
+        super().__init__(model, schedule, objective, variance, loss_weight, clip_denoised, rng)
+        self.channels, *self.image_size = shape
+        self.image_size = tuple(self.image_size)
+        steps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
+        self.sampling_timesteps = checks.integer("sampling_timesteps", steps, 1, self.num_timesteps + 1)
+        self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
+        self.ddim_sampling_eta = ddim_sampling_eta
+        samplers.ddim(schedule, objective, self.sampling_timesteps, eta=ddim_sampling_eta)  # validates eta
+        self.sampler = sampler
+        self.step_table()  # validates the sampler
+        self.auto_normalize = auto_normalize
+
+    # Methods of denoising_diffusion_pytorch that call others of its methods, and that subclasses override.
+    CALLED_BY_MODEL_PREDICTIONS = ("predict_start_from_noise", "predict_noise_from_start", "predict_start_from_v")
+    CALLED_BY_DDIM_SAMPLE = ("model_predictions", *CALLED_BY_MODEL_PREDICTIONS)
+    CALLED_BY_P_SAMPLE = ("p_sample", "p_mean_variance", "q_posterior", *CALLED_BY_DDIM_SAMPLE)
+
+    def normalize(self, img: Tensor) -> Tensor:
+        """[0, 1], or uint8, to [-1, 1]; floating images as they are without auto_normalize. float32."""
+        x = img.to(self.betas.dtype)
+        if img.dtype == torch.uint8:
+            return x * (2 / 255) - 1
+        return x * 2 - 1 if self.auto_normalize else x
+
+    def unnormalize(self, x: Tensor) -> Tensor:
+        """[-1, 1] to [0, 1]; as it is without auto_normalize."""
+        return (x + 1) * 0.5 if self.auto_normalize else x
+
+    def step_table(
+        self,
+        sampler: str | StepTable | None = None,
+        steps: int | Sequence[int] | None = None,
+        eta: float | None = None,
+    ) -> StepTable:
+        """The coefficients of a sampling run; the arguments are those of `sample`."""
+        if isinstance(sampler, StepTable):
+            if steps is not None or eta is not None:
+                raise ValueError("a StepTable has its steps and its eta; give it alone")
+            if len(sampler) == 0 or sampler.t.min() < 0 or sampler.t.max() >= self.num_timesteps:
+                raise ValueError(f"a StepTable needs timesteps in [0, {self.num_timesteps}); got {sampler.t.tolist()}")
+            return sampler
+        sampler = self.sampler if sampler is None else sampler
+        fewer = "ddim" if steps is None or eta is not None else "dpmpp_2m"
+        steps = self.sampling_timesteps if steps is None else steps
+        if sampler is None:
+            taken = len(samplers.strided_timesteps(self.num_timesteps, steps))
+            sampler = fewer if taken < self.num_timesteps else "ddpm"
+        function = samplers.SAMPLERS[checks.choice("sampler", sampler, samplers.SAMPLERS)]
+        own = {"eta": self.ddim_sampling_eta if eta is None else eta, "variance": self.variance}
+        wanted = inspect.signature(function).parameters
+        chosen = {name: value for name, value in own.items() if name in wanted}
+        if eta and "eta" not in wanted:
+            chosen["eta"] = eta  # an error that says what the sampler takes
+        return samplers.make(sampler, self.schedule, self.objective, steps, **chosen)
+
+    def _start(
+        self,
+        x: Tensor,
+        table: StepTable,
+        source: NoiseSource,
+        *,
+        start_step: int = 0,
+        with_x_start: bool = False,
+        model_kwargs: ModelArguments | None = None,
+    ) -> Run:
+        """A run from the state x before step `start_step`, in [-1, 1]."""
+        called = self.CALLED_BY_DDIM_SAMPLE
+        if torch.equal(table.rows.to(self.ancestral_rows), self.ancestral_rows):
+            called = self.CALLED_BY_P_SAMPLE
+        how = {"start_step": start_step, "model_kwargs": model_kwargs}
+        if self.overrides(*called):
+            return MethodRun(self, x, table, source, **how)
+        return SamplingRun(self, x, table, source, **how, with_x_start=with_x_start)
+
+    @torch.no_grad()
+    def _states(
+        self,
+        shape: Sequence[int],
+        *,
+        every: int | None = None,
+        sampler: str | StepTable | None = None,
+        steps: int | Sequence[int] | None = None,
+        eta: float | None = None,
+        seed: Seed = None,
+        sample_offset: int = 0,
+        noise: Tensor | None = None,
+        model_kwargs: ModelArguments | None = None,
+        with_x_start: bool = False,
+        progress: bool = False,
+    ) -> Iterator[SampleState]:
+        """The states 0, every, 2 every ... and the last (None: the last alone) of a run, in the range of `sample`."""
+        shape = tuple(checks.integer("batch_size and every size", size, 1) for size in shape)
+        table = self.step_table(sampler, steps, eta)
+        source = self.noise_source(self.betas, seed, sample_offset)
+        if noise is None:
+            noise = source.draw(0, shape)
+        elif noise.shape != torch.Size(shape):
+            raise ValueError(f"noise is x_T and must have the shape {tuple(shape)}; got {tuple(noise.shape)}")
+        else:
+            checks.require(noise.isfinite().all(), lambda: "noise, x_T, holds NaN or inf")
+        run = self._start(noise.to(self.betas), table, source, with_x_start=with_x_start, model_kwargs=model_kwargs)
+        timesteps = [*table.t.tolist(), -1]
+
+        def state(step: int) -> SampleState:
+            x_start = None if step == 0 or run.x_start is None else self._result(run.x_start)
+            return SampleState(step, timesteps[step], self._result(run.x), x_start)
+
+        def states() -> Iterator[SampleState]:
+            if every:
+                yield state(0)
+            for k in tqdm(range(len(table)), "sampling", disable=not progress, unit="step"):
+                with drawing_from(source):
+                    run.step(k)
+                if k + 1 == len(table) or (every and (k + 1) % every == 0):
+                    yield state(k + 1)
+
+        return states()
+
+    @torch.no_grad()
+    def _result(self, x: Tensor) -> Tensor:
+        """A tensor of its own, in the range of `sample`; the run goes on in x."""
+        return self.unnormalize(x) if self.auto_normalize else x.clone()
+
+    def _finish(self, shape: Sequence[int], return_all_timesteps: bool, **run: Any) -> Tensor:
+        if return_all_timesteps:
+            return torch.stack([state.x for state in self._states(shape, every=1, **run)], dim=1)
+        (last,) = self._states(shape, **run)
+        return last.x
+
+    def sample(
+        self,
+        batch_size: int = 16,
+        return_all_timesteps: bool = False,
+        *,
+        sampler: str | StepTable | None = None,
+        steps: int | Sequence[int] | None = None,
+        eta: float | None = None,
+        seed: Seed = None,
+        sample_offset: int = 0,
+        noise: Tensor | None = None,
+        model_kwargs: ModelArguments | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples images.
+
+        Args:
+            batch_size: N.
+            return_all_timesteps: all states, x_T first.
+            sampler: a `StepTable`, or a name in `samplers.SAMPLERS`: ddpm (ancestral; Ho et al. 2020, algorithm 2),
+                ddim (Song et al. 2021), dpmpp_2m (DPM-Solver++(2M); Lu et al. 2022, algorithm 2) or dpmpp_2m_sde (its
+                form with noise). None takes the module's `sampler`, or else ddpm for all T steps. For fewer it takes ddim
+                where the module's `sampling_timesteps` says so, as denoising_diffusion_pytorch does, or where eta is
+                given; and for `steps` given here dpmpp_2m, which solves the equation of DDIM to second order.
+            steps: how many, or the timesteps themselves; None for `sampling_timesteps`. They stride evenly over the
+                schedule, those of dpmpp_2m and dpmpp_2m_sde as in `samplers.karras_timesteps`.
+            eta: noise of DDIM, from 0 (none) to 1 (as much as ancestral); None for `ddim_sampling_eta`.
+            seed: with rng="philox", sample n of the run is the same in any batch; None draws a seed.
+            sample_offset: index in the run of the first sample.
+            noise: x_T, (N, C, *image_size), instead of stream 0.
+            model_kwargs: further arguments of the network, such as {"class_labels": labels}.
+            progress: show a bar.
+
+        Returns:
+            (N, C, *image_size), or (N, steps + 1, C, *image_size), float32, in [0, 1]; x_T and intermediate states may
+            leave [0, 1].
+
+        Raises:
+            ValueError: an unknown sampler, steps, eta or seed that cannot be, or noise of another shape.
+        """
+        shape = (batch_size, self.channels, *self.image_size)
+        run = {"sampler": sampler, "steps": steps, "eta": eta, "noise": noise, "model_kwargs": model_kwargs}
+        defaults = sampler is None and steps is None and eta is None and self.sampler is None
+        loop = "ddim_sample" if self.is_ddim_sampling else "p_sample_loop"
+        if defaults and self.overrides(loop):
+            given = {name: value for name, value in run.items() if value is not None}
+            if progress:
+                given["progress"] = True
+            with drawing_from(self.noise_source(self.betas, seed, sample_offset)):
+                return getattr(self, loop)(shape, return_all_timesteps=return_all_timesteps, **given)
+        return self._finish(
+            shape, return_all_timesteps, **run, seed=seed, sample_offset=sample_offset, progress=progress
+        )
+
+    def sample_progressive(self, batch_size: int = 16, *, every: int = 1, **run: Any) -> Iterator[SampleState]:
+        """Samples as `sample` with the arguments `run`, yielding every k-th state and holding no other.
+
+        Args:
+            every: k; the states 0, k, 2k, ... and the last are yielded.
+        """
+        every = checks.integer("every", every, 1)
+        return self._states((batch_size, self.channels, *self.image_size), every=every, with_x_start=True, **run)
+
+    def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
+        """Ancestral sampling of a (N, C, ...) shape over all T steps, or as the arguments of `sample` say."""
+        run = {"steps": self.num_timesteps, "sampler": "ddpm"} | run
+        return self._finish(shape, return_all_timesteps, **run)
+
+    def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
+        """DDIM sampling of a (N, C, ...) shape over `sampling_timesteps`, or as the arguments of `sample` say."""
+        return self._finish(shape, return_all_timesteps, **({"sampler": "ddim"} | run))
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x: Tensor,
+        t: int,
+        x_self_cond: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        seed: Seed = None,
+        sample_offset: int = 0,
+        model_kwargs: ModelArguments | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One ancestral step of the whole chain, from x_t to x_{t-1}, in [-1, 1].
+
+        Args:
+            x: x_t, (N, C, ...).
+            t: in [0, T).
+            noise: z, the shape of x; drawn as stream T - t of `seed` if None, as `sample` does.
+
+        Returns:
+            (x_{t-1}, clipped x0_hat).
+        """
+        t = checks.integer("t", t, 0, self.num_timesteps)
+        k = self.num_timesteps - 1 - t
+        z = {"noise": noise}
+        if t == 0:
+            z = {}
+        elif noise is None:
+            z = self.noise_source(x, seed, sample_offset).arguments(k + 1, x.shape)
+        times = torch.full((x.shape[0],), t, device=x.device)
+        further = {"model_kwargs": model_kwargs} if model_kwargs else {}
+        if self.overrides(*self.CALLED_BY_P_SAMPLE[1:]):
+            mean, _, log_variance, x_start, *_ = self.p_mean_variance(
+                x=x, t=times, x_self_cond=x_self_cond, clip_denoised=self.clip_denoised, **further
+            )
+            if t == 0:
+                return mean, x_start
+            drawn = noise if noise is not None else self.noise_source(x, seed, sample_offset).draw(k + 1, x.shape)
+            return mean + (0.5 * log_variance).exp() * drawn, x_start
+        pred = self.predict(x, times, x_self_cond, model_kwargs)
+        x, x_start, _ = ops.reverse_step(
+            x,
+            pred,
+            torch.tensor(k, device=x.device),
+            self.ancestral_rows,
+            clip=clip_bounds(self.clip_denoised),
+            return_x_start=True,
+            **z,
+        )
+        return x, x_start
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        t: int | None = None,
+        lam: float = 0.5,
+        *,
+        seed: Seed = None,
+        sample_offset: int = 0,
+        model_kwargs: ModelArguments | None = None,
+    ) -> Tensor:
+        """Images between two. Ho et al. (2020), sec. 4.3: mixed at x_t, then denoised from there.
+
+        Args:
+            x1, x2: (N, C, ...), in [-1, 1].
+            t: the timestep at which they are mixed, in [0, T); None for T - 1.
+            lam: 0 gives x1, 1 gives x2.
+
+        Returns:
+            The shape of x1, in [-1, 1].
+        """
+        t = checks.integer("t", self.num_timesteps - 1 if t is None else t, 0, self.num_timesteps)
+        if x1.shape != x2.shape:
+            raise ValueError(f"x1 and x2 must have one shape; got {tuple(x1.shape)} and {tuple(x2.shape)}")
+        checks.floating("x1", x1)
+        source = self.noise_source(x1, seed, sample_offset)
+        times = torch.full((x1.shape[0],), t, device=x1.device)
+        x1_t = self.q_sample(x1, times, source.draw(0, x1.shape))
+        x2_t = self.q_sample(x2, times, source.draw(SECOND_IMAGE, x2.shape))
+        table, start_step = self.step_table("ddpm", self.num_timesteps), self.num_timesteps - 1 - t
+        run = self._start(
+            (1 - lam) * x1_t + lam * x2_t, table, source, start_step=start_step, model_kwargs=model_kwargs
+        )
+        with drawing_from(source):
+            for k in range(start_step, len(table)):
+                run.step(k)
+        return run.x
