@@ -210,10 +210,10 @@ class ReverseProcess(Denoiser):
             batch_size: N.
             return_all_timesteps: all states, x_T first.
             sampler: a `StepTable`, or a name in `samplers.SAMPLERS`: ddpm (ancestral; Ho et al. 2020, algorithm 2),
-                ddim (Song et al. 2021), dpmpp_2m (DPM-Solver++(2M); Lu et al. 2022, algorithm 2) or dpmpp_2m_sde (its
-                form with noise). None takes the module's `sampler`, or else ddpm for all T steps. For fewer it takes ddim
-                where the module's `sampling_timesteps` says so, as denoising_diffusion_pytorch does, or where eta is
-                given; and for `steps` given here dpmpp_2m, which solves the equation of DDIM to second order.
+                ddim (Song et al. 2021), dpmpp_2m (DPM-Solver++(2M); Lu et al. 2022, algorithm 2) or dpmpp_2m_sde
+                (its form with noise). None takes the module's `sampler`, or else ddpm for all T steps. For fewer it
+                takes ddim where the module's `sampling_timesteps` says so, as denoising_diffusion_pytorch does, or where eta
+                is given; and for `steps` given here dpmpp_2m, which solves the equation of DDIM to second order.
             steps: how many, or the timesteps themselves; None for `sampling_timesteps`. They stride evenly over the
                 schedule, those of dpmpp_2m and dpmpp_2m_sde as in `samplers.karras_timesteps`.
             eta: noise of DDIM, from 0 (none) to 1 (as much as ancestral); None for `ddim_sampling_eta`.
