@@ -212,7 +212,7 @@ class ReverseProcess(Denoiser):
             sampler: a `StepTable`, or a name in `samplers.SAMPLERS`: ddpm (ancestral; Ho et al. 2020, algorithm 2),
                 ddim (Song et al. 2021), dpmpp_2m (DPM-Solver++(2M); Lu et al. 2022, algorithm 2) or dpmpp_2m_sde
                 (its form with noise). None takes the module's `sampler`, or else ddpm for all T steps. For fewer it
-                takes ddim where the module's `sampling_timesteps` says so, as denoising_diffusion_pytorch does, or where eta
+                takes ddim if the module's `sampling_timesteps` says so, as denoising_diffusion_pytorch does, or if eta
                 is given; and for `steps` given here dpmpp_2m, which solves the equation of DDIM to second order.
             steps: how many, or the timesteps themselves; None for `sampling_timesteps`. They stride evenly over the
                 schedule, those of dpmpp_2m and dpmpp_2m_sde as in `samplers.karras_timesteps`.
@@ -285,27 +285,28 @@ class ReverseProcess(Denoiser):
             (x_{t-1}, clipped x0_hat).
         """
         t = checks.integer("t", t, 0, self.num_timesteps)
-        k = self.num_timesteps - 1 - t
-        z = {"noise": noise}
-        if t == 0:
-            z = {}
-        elif noise is None:
-            z = self.noise_source(x, seed, sample_offset).arguments(k + 1, x.shape)
+        stream = self.num_timesteps - t
+        source = self.noise_source(x, seed, sample_offset)
         times = torch.full((x.shape[0],), t, device=x.device)
-        further = {"model_kwargs": model_kwargs} if model_kwargs else {}
         if self.overrides(*self.CALLED_BY_P_SAMPLE[1:]):
+            further = {"model_kwargs": model_kwargs} if model_kwargs else {}
             mean, _, log_variance, x_start, *_ = self.p_mean_variance(
                 x=x, t=times, x_self_cond=x_self_cond, clip_denoised=self.clip_denoised, **further
             )
             if t == 0:
                 return mean, x_start
-            drawn = noise if noise is not None else self.noise_source(x, seed, sample_offset).draw(k + 1, x.shape)
-            return mean + (0.5 * log_variance).exp() * drawn, x_start
+            z = source.draw(stream, x.shape) if noise is None else noise
+            return mean + (0.5 * log_variance).exp() * z, x_start
+        z = {} if t == 0 else {"noise": noise}
+        if t > 0 and noise is None and source.keyed:
+            z = source.arguments(stream, x.shape)
         pred = self.predict(x, times, x_self_cond, model_kwargs)
+        if t > 0 and noise is None and not source.keyed:
+            z = source.arguments(stream, x.shape)  # after the network, as other packages draw it
         x, x_start, _ = ops.reverse_step(
             x,
             pred,
-            torch.tensor(k, device=x.device),
+            torch.tensor(self.num_timesteps - 1 - t, device=x.device),
             self.ancestral_rows,
             clip=clip_bounds(self.clip_denoised),
             return_x_start=True,

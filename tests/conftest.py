@@ -21,3 +21,30 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class TinyNetwork(torch.nn.Module):
+    """Images of two channels; a few hundred nanoseconds an image, and fixed weights."""
+
+    channels = 2
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 2, 3, padding=1)
+        if not self.conv.weight.is_meta:
+            generator = torch.Generator().manual_seed(0)
+            for p in self.parameters():
+                p.data = torch.randn(p.shape, generator=generator) * 0.3
+
+    def forward(self, x, t):
+        return self.conv(x).tanh() + t[:, None, None, None].to(x.dtype) / 1000
+
+
+@pytest.fixture
+def make_tiny_network():
+    return TinyNetwork
+
+
+@pytest.fixture
+def tiny_network():
+    return TinyNetwork()
