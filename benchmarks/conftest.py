@@ -5,6 +5,11 @@ import torch
 from side_by_side import medians, table
 
 
+def pytest_xdist_auto_num_workers(config):
+    """None: what is timed has the machine to itself."""
+    return 0
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread_on_one_core():
     """Two OpenMP threads on a small shared machine wait for one another in slices of 8 ms."""
