@@ -150,8 +150,8 @@ def leave_out(name: str, reason: str) -> None:
 def output_of_commands() -> Iterator[list[str]]:
     """Collects what compilers print, in a list that is filled at the end, when it is printed as well."""
     found: list[str] = []
-    saved = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as file:
+        saved = [os.dup(1), os.dup(2)]
         sys.stdout.flush()
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -233,6 +233,7 @@ if modules:
         def build_extension(self, extension: Extension) -> None:
             # The modules are compiled from the same sources: their objects are kept apart.
             shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
+            output = [""]
             try:
                 with output_of_commands() as output:
                     super().build_extension(extension)
