@@ -36,10 +36,19 @@ def pytest_configure(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """A process for each core, up to four: each imports PyTorch and takes about a gigabyte. One for a single file."""
-    if all(Path(argument.split("::")[0]).is_file() for argument in config.args):
+    """One for each core, up to four, since each imports PyTorch and takes about a gigabyte; none for single files.
+
+    Nor with --update-budgets, where several tests write to one file.
+    """
+    single_files = all(Path(argument.split("::")[0]).is_file() for argument in config.args)
+    if single_files or config.getoption("update_budgets"):
         return 0
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_make_parametrize_id(val):
+    """Bytes by their length: all processes must find the same names, and gzip writes the time into its header."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
 
 
 @pytest.fixture(autouse=True)
