@@ -179,7 +179,9 @@ class BuildPy(build_py):
 
 def record(folder: str) -> None:
     """Writes beside the modules why any is missing, for ddpm_fast.ops.native to report."""
-    Path(folder, "ddpm_fast", "_build.json").write_text(json.dumps(missing))
+    package = Path(folder, "ddpm_fast")
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps(missing))
 
 
 class BdistWheel(bdist_wheel):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ddpm_fast
+from ddpm_fast import info
 from ddpm_fast.ops import native
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,15 @@ def test_a_lower_capability_never_loads_the_module_of_a_higher_one(package, monk
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     module = package({"cpu_avx2": "", "cpu_avx512": ""})
     assert module == (False, "the module was not built: it was removed", "", "")
+
+
+def test_info_says_why_a_faster_module_is_not_used(monkeypatch):
+    slower = native.Module(True, "", "_cpu_avx2.abi3.so", "the module was not built: unrecognized option '-mavx512f'")
+    monkeypatch.setitem(native.modules, "cpu", slower)
+    _, description = info.backends()["cpu"]
+    assert description.endswith(
+        "_cpu_avx2.abi3.so (no faster one: the module was not built: unrecognized option '-mavx512f')"
+    )
 
 
 # What the build makes of compilers that fail
