@@ -1,11 +1,14 @@
 """Compiles csrc/ into ddpm_fast/_cpu*.abi3.so and, given a CUDA toolkit, ddpm_fast/_cuda.abi3.so.
 
-The sources of the CPU's kernels become a module for each instruction set; ddpm_fast.ops.native loads the one that fits.
+The sources of the CPU's kernels are compiled once for each instruction set; ddpm_fast.ops.native loads the module that
+fits the processor.
 
-What cannot be compiled here is left out, and the package runs in plain PyTorch instead.
-DDPM_FAST_BUILD_CUDA=0 leaves CUDA out, =1 insists on it. TORCH_CUDA_ARCH_LIST names its architectures.
+A module that cannot be compiled here, for whatever reason, is left out, and the package runs without it: with the
+module for the next lower instruction set, or in plain PyTorch. ddpm_fast/_build.json says why it was left out.
+DDPM_FAST_BUILD_CUDA=0 leaves CUDA out, =1 makes its absence an error. TORCH_CUDA_ARCH_LIST names its architectures.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -14,22 +17,25 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.absolute()
 TARGET = ("TORCH_TARGET_VERSION", "0x020d000000000000")  # the ABI of torch 2.13, which later ones keep
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
-# Products and sums are not fused unless the code says so: all backends then round alike, to the last bit.
-# Nobody reads errno or the flags that floating-point exceptions leave; while they count, loops are not vectorised.
+# Without contraction of a * b + c into one operation, all backends round alike, to the last bit.
+# Nothing here reads errno or the floating-point exception flags, and preserving them blocks vectorisation.
 CXX_FLAGS = [
     *("-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"),
     *("-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="),
 ]
-# What PyTorch asks of a processor before it calls it AVX2 or AVX512. Never -march=native: a wheel runs everywhere.
+# The features of a processor that PyTorch calls AVX2 or AVX512. Not -march=native, so that a wheel runs on every one.
 INSTRUCTION_SETS = {"": []}
 if platform.machine() in ("x86_64", "AMD64"):
     fma = ["-mfma", "-mf16c"]
@@ -43,8 +49,17 @@ class MissingError(Exception):
 
 
 def run(*command: str) -> str:
-    result = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode != 0:
+        raise MissingError(f"{shlex.join(command)} failed: {reason_in(result.stdout) or result.returncode}")
     return result.stdout
+
+
+def reason_in(output: str) -> str:
+    """The line of a compiler's or linker's output that says what is wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("ninja:")]
+    errors = [line for line in lines if re.search(r"error ?:|cannot find|undefined reference", line)]
+    return (errors[:1] or lines[-1:] or [""])[0]
 
 
 def find_compiler() -> None:
@@ -62,17 +77,24 @@ def find_cuda() -> None:
     nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
     if nvcc is None:
         raise MissingError(f"no nvcc was found in {places[0] if home else 'PATH'}")
-    version = re.search(r"release ([\d.]+)", run(nvcc, "--version"))[1]
-    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        raise MissingError(f"nvcc is of CUDA {version}, but torch of CUDA {torch.version.cuda}")
+    release = re.search(r"release ([\d.]+)", run(nvcc, "--version"))
+    if release is None:
+        raise MissingError(f"{nvcc} does not say which release of CUDA it belongs to")
+    if release[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise MissingError(f"nvcc belongs to CUDA {release[1]}, but torch to CUDA {torch.version.cuda}")
 
     if not home:
-        # The nvcc on PATH may be a link or a script: only the compiler itself knows where its toolkit lies.
-        top = re.search(r"TOP=(.*)", run(nvcc, "--dryrun", "-x", "cu", os.devnull))[1]
-        os.environ["CUDA_HOME"] = os.path.realpath(top)
-    known = run(nvcc, "--list-gpu-code").split()
-    targets = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.replace('.', '')}" in known]
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(targets) + "+PTX")
+        # The nvcc on PATH may be a link or a script; --dryrun prints where its toolkit lies.
+        top = re.search(r"TOP=(.*)", run(nvcc, "--dryrun", "-x", "cu", os.devnull))
+        if top is None:
+            raise MissingError(f"{nvcc} does not say where its toolkit lies; set CUDA_HOME")
+        os.environ["CUDA_HOME"] = os.path.realpath(top[1])
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        known = run(nvcc, "--list-gpu-code").split()
+        targets = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.replace('.', '')}" in known]
+        if not targets:
+            raise MissingError(f"nvcc of CUDA {release[1]} compiles for none of {', '.join(CUDA_ARCHITECTURES)}")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(targets) + "+PTX"
 
 
 def cpu_modules() -> list[Extension]:
@@ -93,19 +115,13 @@ def cpu_modules() -> list[Extension]:
 
 
 def cuda_modules() -> list[Extension]:
-    wish = os.environ.get("DDPM_FAST_BUILD_CUDA")
-    if wish == "0":
+    if os.environ.get("DDPM_FAST_BUILD_CUDA") == "0":
         raise MissingError("DDPM_FAST_BUILD_CUDA was 0")
     sources = sorted(str(path) for path in Path("csrc/cuda").glob("*") if path.suffix in (".cpp", ".cu"))
     if not sources:
         raise MissingError("these sources have no csrc/cuda")
-    try:
-        find_compiler()
-        find_cuda()
-    except MissingError as reason:
-        if wish == "1":
-            sys.exit(f"DDPM_FAST_BUILD_CUDA is 1, but {reason}")
-        raise
+    find_compiler()
+    find_cuda()
     from torch.utils.cpp_extension import CUDAExtension
 
     return [
@@ -120,39 +136,118 @@ def cuda_modules() -> list[Extension]:
     ]
 
 
-modules, missing = [], {}
-# CUDA first: cpp_extension looks for CUDA_HOME once, when it is imported.
-for name, make in {"cuda": cuda_modules, "cpu": cpu_modules}.items():
-    try:
-        modules += make()
-    except MissingError as reason:
-        missing[name] = str(reason)
-        print(f"ddpm_fast: no {name} kernels: {reason}", file=sys.stderr)
+missing = {}  # module -> why it is left out; becomes _build.json
+
+
+def leave_out(name: str, reason: str) -> None:
+    if name == "cuda" and os.environ.get("DDPM_FAST_BUILD_CUDA") == "1":
+        sys.exit(f"DDPM_FAST_BUILD_CUDA is 1, but {reason}")
+    missing[name] = reason
+    print(f"ddpm_fast: the module {name} is left out: {reason}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def output_of_commands() -> Iterator[list[str]]:
+    """Collects what compilers print, in a list that is filled at the end, when it is printed as well."""
+    found: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        saved = [os.dup(1), os.dup(2)]
+        sys.stdout.flush()
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield found
+        finally:
+            sys.stdout.flush()
+            for descriptor, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+            file.seek(0)
+            found.append(file.read().decode(errors="replace"))
+            print(found[0], end="", flush=True)
 
 
 class BuildPy(build_py):
-    """Leaves beside the modules why one of them is missing, for ddpm_fast.ops.native to tell."""
+    """Starts from an empty folder, or what an earlier build left would be packed too."""
 
     def run(self) -> None:
-        package = Path("ddpm_fast")
         if not self.editable_mode:
-            package = Path(self.build_lib, "ddpm_fast")
-            shutil.rmtree(self.build_lib, ignore_errors=True)  # or what an earlier build left is packed too
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
-        (package / "_build.json").write_text(json.dumps(missing))
+        record("." if self.editable_mode else self.build_lib)
 
 
-commands = {"build_py": BuildPy}
+def record(folder: str) -> None:
+    """Writes beside the modules why any is missing, for ddpm_fast.ops.native to report."""
+    package = Path(folder, "ddpm_fast")
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps(missing))
+
+
+class BdistWheel(bdist_wheel):
+    """Builds first and tags afterwards: a wheel without compiled modules is one for any platform."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+            self.skip_build = True
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+commands: dict[str, type] = {"build_py": BuildPy, "bdist_wheel": BdistWheel}
+modules: list[Extension] = []
+# CUDA first: cpp_extension looks for CUDA_HOME once, when it is imported.
+for make, names in (
+    (cuda_modules, ["cuda"]),
+    (cpu_modules, [f"cpu{instruction_set}" for instruction_set in INSTRUCTION_SETS]),
+):
+    try:
+        modules += make()
+    except MissingError as error:
+        for name in names:
+            leave_out(name, str(error))
+
 if modules:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
-        """Keeps the objects of each module apart: they are made from the same sources."""
+        """Builds each module in a folder of its own, and leaves out those whose compilation fails."""
+
+        def run(self) -> None:
+            inplace = self.inplace
+            super().run()
+            self.distribution.ext_modules = self.extensions  # those that are left
+            for name in missing if inplace else ():
+                Path("ddpm_fast", f"_{name}.abi3.so").unlink(missing_ok=True)  # of an earlier build
+            record("." if inplace else self.build_lib)
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:  # PyTorch checks the compilers of all modules before it builds the first
+                cuda = [extension for extension in self.extensions if extension.name == "ddpm_fast._cuda"]
+                for extension in cuda or self.extensions:
+                    self._leave_out(extension, f"PyTorch cannot use the compiler: {error}")
+                if self.extensions:
+                    self.build_extensions()
 
         def build_extension(self, extension: Extension) -> None:
+            # The modules are compiled from the same sources: their objects are kept apart.
             shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
-            super().build_extension(extension)
-            self.build_temp = shared
+            output = [""]
+            try:
+                with output_of_commands() as output:
+                    super().build_extension(extension)
+            except Exception as error:
+                self._leave_out(extension, f"compiling or linking failed: {reason_in(output[0]) or error}")
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            finally:
+                self.build_temp = shared
+
+        def _leave_out(self, extension: Extension, reason: str) -> None:
+            leave_out(extension.name.removeprefix("ddpm_fast._"), reason)
+            self.extensions = [other for other in self.extensions if other is not extension]
 
     commands["build_ext"] = BuildExt
 

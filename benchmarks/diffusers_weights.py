@@ -1,14 +1,17 @@
-"""The network of a preset in diffusers, and its weights under the names of `UNet`."""
+"""The network of a preset in diffusers, and the names that its weights have in `UNet`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from ddpm_fast import UNet
 from ddpm_fast.nn.unet import PRESETS
 
 
 def unet_2d_config(preset: str) -> dict[str, Any]:
-    """The arguments of a UNet2DModel of the same structure as the preset; without dropout, as diffusers' own are."""
+    """The arguments of a UNet2DModel with the structure of the preset; without dropout, which diffusers defaults to."""
     given = PRESETS[preset]
     size, channels, dim = given["image_size"], given.get("channels", 3), given.get("dim", 128)
     attending = [size >> level in given["attention_resolutions"] for level in range(len(given["dim_mults"]))]
@@ -29,13 +32,13 @@ def unet_2d_config(preset: str) -> dict[str, Any]:
     }
 
 
-def to_ddpm_fast(source, target):
+def to_ddpm_fast(source: nn.Module, target: UNet) -> None:
     """Copies the weights of a UNet2DModel into a UNet of the same structure."""
     target.load_state_dict(renamed(source.state_dict(), target))
 
 
-def renamed(weights, target):
-    """A UNet2DModel's weights, or their gradients, under the names of a UNet of the same structure; each once."""
+def renamed(weights: Mapping[str, Tensor], target: UNet) -> dict[str, Tensor]:
+    """A UNet2DModel's weights, or their gradients, under the names of a UNet of the same structure."""
     weights = dict(weights)
     state = {}
 
@@ -78,5 +81,5 @@ def renamed(weights, target):
     state["time_projection.weight"], state["time_projection.bias"] = (
         torch.cat(parts) for parts in zip(*times, strict=True)
     )
-    assert not weights
+    assert not weights  # each was moved once
     return state

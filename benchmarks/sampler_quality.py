@@ -1,11 +1,11 @@
 """Quality against steps, for each sampler: `python benchmarks/sampler_quality.py RUN`, a run trained on Fashion-MNIST.
 
-Quality is a Frechet distance (Heusel et al. 2017, eq. 6), between samples and the 10,000 test images, in the features
-of a small classifier that is trained here on the same data: it has seen clothes, where Inception has seen photographs.
-It is divided by the variance of the test images' features (the trace of their covariance), which makes 1 the distance
-from images to their mean, whatever the classifier's scale. Not to be compared with distances in Inception's features.
-As many training images give the floor; blurred or moved ones, what a distance looks like. It takes half an hour on one
-core that has AMX.
+Quality is the Frechet distance (Heusel et al. 2017, eq. 6) between samples and the 10,000 test images, in the features
+of a small classifier. The classifier is trained here on the same data, so it has seen clothes, where Inception has seen
+photographs. The distance is divided by the variance of the test images' features (the trace of their covariance), so
+that 1 is the distance from images to their mean, whatever the classifier's scale. It cannot be compared with distances
+in Inception's features. The script also prints the distance of as many training images, which no sampler can be
+expected to beat, and those of training images that were blurred or moved. It takes half an hour on one core with AMX.
 """
 
 import argparse
@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RUNS = {  # label -> sampler, eta, steps
-    "ddpm": ("ddpm", None, (10, 20, 50, 100, 250)),  # which is ddim with eta = 1
+    "ddpm": ("ddpm", None, (10, 20, 50, 100, 250)),  # the same as ddim with eta = 1
     "ddim, eta = 0": ("ddim", 0.0, (5, 10, 20, 50, 100)),
     "dpmpp_2m": ("dpmpp_2m", None, (5, 10, 20, 50, 100)),
     "dpmpp_2m_sde": ("dpmpp_2m_sde", None, (5, 10, 20, 50, 100)),
@@ -37,7 +37,7 @@ RUNS = {  # label -> sampler, eta, steps
 
 
 class Classifier(nn.Module):
-    """Two convolutions and two linear layers, the first of which gives the features."""
+    """Two convolutions and two linear layers; the output of the first linear layer is the features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
         self.classes = nn.Sequential(nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 10))
 
     def features(self, images: Tensor) -> Tensor:
-        """Of uint8 images, (N, 1, 28, 28): (N, 64)."""
+        """Features (N, 64) of uint8 images (N, 1, 28, 28)."""
         return self.layers(images.float() / 127.5 - 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def moments(model: Classifier, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distance(found: tuple[np.ndarray, np.ndarray], wanted: tuple[np.ndarray, np.ndarray]) -> float:
-    """Frechet's, over the variance of what is wanted."""
+    """The Frechet distance between two normal distributions, divided by the variance of `wanted`."""
     (mean_a, cov_a), (mean_b, cov_b) = found, wanted
     root_trace = np.sqrt(scipy.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
     squared = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace
@@ -96,7 +96,7 @@ def plot(results: dict[str, dict[int, float]], yardsticks: dict[str, float], n: 
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"Frechet distance / variance, {n:,} samples")
     axes.set_xticks(steps, steps)
     axes.minorticks_off()
-    axes.set_title("Fashion-MNIST, in the features of a classifier of its own")
+    axes.set_title("Fashion-MNIST, in the features of a classifier trained on it")
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
     figure.savefig(path, dpi=110)
 

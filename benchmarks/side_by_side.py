@@ -1,11 +1,11 @@
-"""Contenders timed in turns, so that whatever else the machine does falls on all of them alike."""
+"""Times contenders in turns, so that whatever else the machine does affects all of them alike."""
 
 import statistics
 import time
 from collections.abc import Callable
 
 ROUNDS = 15
-AT_LEAST = 2e-3  # seconds of a measurement: what is shorter is repeated
+AT_LEAST = 2e-3  # seconds of a measurement; shorter calls are repeated
 
 Contenders = dict[str, Callable[[], object]]
 
@@ -13,7 +13,7 @@ Contenders = dict[str, Callable[[], object]]
 def seconds_of(
     function: Callable[[], object], synchronize: Callable[[], object] = lambda: None, calls: int = 1
 ) -> float:
-    """The seconds of a call, the device's included."""
+    """The mean seconds of a call; `synchronize` waits for the device before and after."""
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -30,12 +30,12 @@ def in_turns(
     synchronize: Callable[[], object] = lambda: None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, list[float]]:
-    """The seconds of a call in every round.
+    """The seconds of a call, for every contender and round.
 
     Args:
-        calls: of each contender, in one measurement.
+        calls: how often a measurement calls each contender.
         synchronize: waits for the device.
-        progress: is told how many rounds are done.
+        progress: is called with the number of finished rounds before each round.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for done in range(rounds):
@@ -46,7 +46,7 @@ def in_turns(
 
 
 def calls_for(seconds: float) -> int:
-    """How many calls of so many seconds make a measurement."""
+    """How many calls of so many seconds are one measurement."""
     return max(1, round(AT_LEAST / seconds))
 
 
@@ -67,18 +67,25 @@ def medians(contenders: Contenders, rounds: int = ROUNDS) -> dict[str, tuple[flo
     return {name: quartiles(found) for name, found in in_turns(contenders, calls, rounds).items()}
 
 
-def table(title: str, times: dict, ours: str, copy: str, copied_bytes: int, moved: dict[str, int]) -> str:
-    """Milliseconds, how many times as long as ours, and the share of the copy's bandwidth where bytes are known.
+def bandwidth_table(
+    title: str, times: dict[str, tuple[float, float, float]], ours: str, copy: str, moved: dict[str, int]
+) -> str:
+    """One contender a line: seconds beside ours, and bytes a second beside those of a copy.
 
     Args:
+        times: of `medians`.
         ours: the contender that the others are compared with.
-        copy: the contender that copies a tensor; copied_bytes: what it reads and writes.
-        moved: least bytes that a contender reads and writes.
+        copy: the contender that copies a tensor, whose rate is the ceiling.
+        moved: the fewest bytes that a contender can read and write, where they are known.
     """
-    lines = ["", title, f"{'':<46}{'ms':>9}{'quartiles':>18}{'x ours':>8}{'of copy':>9}"]
-    bandwidth = copied_bytes / times[copy][1]
+    header = f"{'':<46}{'ms':>9}{'quartiles':>18}{'x ours':>8}{'MiB':>8}{'GB/s':>8}{'of copy':>9}"
+    ceiling = moved[copy] / times[copy][1]
+    lines = ["", title, header]
     for name, (low, median, high) in times.items():
-        share = f"{moved[name] / median / bandwidth:>8.0%}" if name in moved else ""
         spread = f"{low * 1e3:.2f} to {high * 1e3:.2f}"
-        lines.append(f"{name:<46}{median * 1e3:>9.2f}{spread:>18}{median / times[ours][1]:>8.2f}{share:>9}")
+        line = f"{name:<46}{median * 1e3:>9.2f}{spread:>18}{median / times[ours][1]:>8.2f}"
+        if name in moved:
+            rate = moved[name] / median
+            line += f"{moved[name] / 2**20:>8.3g}{rate / 1e9:>8.3g}{rate / ceiling:>9.0%}"
+        lines.append(line)
     return "\n".join(lines)

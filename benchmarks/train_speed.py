@@ -1,17 +1,29 @@
-"""A training step, from uint8 images to averaged weights, beside the packages that this one replaces.
+"""Times a training step, from uint8 images to averaged weights, beside the packages that this one replaces.
 
-Forward, backward, fused AdamW and EMA, with random weights, the same for ddpm_fast and diffusers; that both have the
-same gradients is asserted first, weight by weight.
+A step is forward, backward, fused AdamW and EMA. The weights are random, and the same for ddpm_fast and diffusers;
+before anything is timed, the gradients of all weights are asserted to agree.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import speed
 import torch
 import torch.nn.functional as F
 from diffusers_weights import renamed
-from speed import DIFFUSERS, LUCIDRAINS, OURS, SHORT, Contender, T
+from speed.measuring import SHORT, Contender, measure
+from speed.networks import (
+    DIFFUSERS,
+    LUCIDRAINS,
+    OURS,
+    T,
+    compiled,
+    diffusers_scheduler,
+    flop_counter,
+    in_channels_last,
+    networks,
+)
+from speed.options import dtypes, options, without_tf32
+from speed.report import mebibytes, publish, times
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -29,7 +41,7 @@ class Trainer:
         self.module = module
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=2e-4, fused=True)
         self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
-        # The first step makes the moments, and the first update copies: both done here, so that all steps are alike.
+        # The first step allocates the moments, and the first update copies: done here, so that timed steps are alike.
         for p in module.parameters():
             p.grad = torch.zeros_like(p)
         self._update()
@@ -58,7 +70,7 @@ def our_loss(diffusion: GaussianDiffusion, dtype: torch.dtype) -> Loss:
 
 def their_loss(network: nn.Module, dtype: torch.dtype, layout: torch.memory_format, device: str) -> Loss:
     """As in the training examples of diffusers."""
-    scheduler = speed.diffusers_scheduler(device)
+    scheduler = diffusers_scheduler(device)
 
     def loss(images: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         x = (images.float() / 127.5 - 1).contiguous(memory_format=layout)
@@ -73,21 +85,21 @@ def their_loss(network: nn.Module, dtype: torch.dtype, layout: torch.memory_form
 
 
 def count(module: nn.Module, loss: Loss, images: Tensor) -> tuple[int, int]:
-    """FLOPs, and the bytes that are kept from forward to backward, of an image."""
+    """The FLOPs of an image, and the bytes that autograd saves for it from forward to backward."""
 
     def kept(n: int) -> int:
         with Kept() as memory:
             value = loss(images[:1].repeat(n, 1, 1, 1))
         return memory.bytes if value.requires_grad else 0
 
-    with speed.flop_counter() as counter:
+    with flop_counter() as counter:
         loss(images[:1]).backward()
     module.zero_grad()
-    return counter.get_total_flops(), kept(2) - kept(1)  # without what is kept once: weights in lower precision
+    return counter.get_total_flops(), kept(2) - kept(1)  # without what is saved once, as weights in lower precision
 
 
 def gradients(module: nn.Module, loss: Loss, **given: Tensor) -> dict[str, Tensor]:
-    """Those of all weights, which are left without."""
+    """The gradients of all weights, in float64; `.grad` is cleared."""
     loss(**given).backward()
     found = {name: p.grad.double() for name, p in module.named_parameters()}
     module.zero_grad()
@@ -112,7 +124,7 @@ def check(
     def apart(found: dict[str, Tensor]) -> dict[str, float]:
         return {name: ((found[name] - grad).norm() / grad.norm()).item() for name, grad in exact.items()}
 
-    with speed.without_tf32(device.type):
+    with without_tf32(device.type):
         found = {d: renamed(gradients(networks[d], loss, **given), network) for d, loss in theirs.items()}
         exact = found[torch.float32]
         for dtype, loss in ours.items():
@@ -123,10 +135,10 @@ def check(
 
 
 def main() -> None:
-    args = speed.options(__doc__)
-    networks = speed.networks(args.preset, args.device)
-    dtypes = speed.dtypes(args.device)
-    size, channels = networks.ours.image_size, networks.ours.channels
+    args = options(__doc__)
+    ours, diffusers, lucidrains, missing = networks(args.preset, args.device)
+    all_dtypes = dtypes(args.device)
+    size, channels = ours.image_size, ours.channels
     images = torch.randint(256, (args.batch, channels, size, size), dtype=torch.uint8).to(args.device)
     contenders = []
 
@@ -140,49 +152,48 @@ def main() -> None:
         contenders.append(Contender(family, dtype, how, step, flops * args.batch, extra=found, **more))
 
     diffusion = GaussianDiffusion(
-        networks.ours, image_size=size, objective="pred_noise", beta_schedule="linear"
+        ours, image_size=size, objective="pred_noise", beta_schedule="linear"
     ).to(args.device)  # fmt: skip
-    our_losses = {dtype: our_loss(diffusion, dtype) for dtype in dtypes}
+    our_losses = {dtype: our_loss(diffusion, dtype) for dtype in all_dtypes}
     theirs = {}
-    if networks.diffusers is not None:
-        theirs = {dtypes[0]: networks.diffusers} | {d: speed.in_channels_last(networks.diffusers) for d in dtypes[1:]}
-        layouts = dict(zip(dtypes, (torch.contiguous_format, torch.channels_last), strict=False))
+    if diffusers is not None:
+        theirs = {torch.float32: diffusers} | {dtype: in_channels_last(diffusers) for dtype in all_dtypes[1:]}
+        layouts = dict(zip(all_dtypes, (torch.contiguous_format, torch.channels_last), strict=False))
         their_losses = {d: their_loss(network, d, layouts[d], args.device) for d, network in theirs.items()}
-        check(networks.ours, our_losses, theirs, their_losses, images)
+        check(ours, our_losses, theirs, their_losses, images)
 
-    trainer = Trainer(diffusion)  # of all of ours: they differ in arithmetic, not in what they hold
+    trainer = Trainer(diffusion)  # for all of ours: they differ in arithmetic, not in weights
     for dtype, loss in our_losses.items():
         contend(OURS, dtype, "", trainer, loss)
 
     def by_reference(images: Tensor) -> Tensor:
         with ddpm_fast.backend("reference"):
-            return our_losses[dtypes[-1]](images)
+            return our_losses[all_dtypes[-1]](images)
 
-    contend(OURS, dtypes[-1], "reference", trainer, by_reference)
+    contend(OURS, all_dtypes[-1], "reference", trainer, by_reference)
     for dtype, network in theirs.items():
         trainer = Trainer(network)
         contend(DIFFUSERS, dtype, "" if dtype == torch.float32 else "channels-last", trainer, their_losses[dtype])
         if args.compile:
             eager = contenders[-1]
-            counted = eager.flops // args.batch, None  # what it keeps for backward is not known beforehand
-            loss = their_loss(speed.compiled(network, args.device), dtype, layouts[dtype], args.device)
+            counted = eager.flops // args.batch, None  # what a compiled network saves for backward is not measured
+            loss = their_loss(compiled(network, args.device), dtype, layouts[dtype], args.device)
             contend(DIFFUSERS, dtype, "compiled", trainer, loss, compiled=True, counted=counted)
-    if networks.lucidrains is not None:
-        lucidrains = networks.lucidrains
-        contend(LUCIDRAINS, dtypes[0], "", Trainer(lucidrains), lambda images: lucidrains(images.float() / 255))
+    if lucidrains is not None:
+        contend(LUCIDRAINS, torch.float32, "", Trainer(lucidrains), lambda images: lucidrains(images.float() / 255))
 
-    report = speed.measure(contenders, networks.missing, args)
+    measured = measure(contenders, all_dtypes, args)
     kept_by_peers = {c.dtype: c.extra["bytes_for_backward"] for c in contenders if c.peer}
-    for row, c in zip(report["contenders"], contenders, strict=True):
+    for row, c in zip(measured["contenders"], contenders, strict=True):
         peer, kept = kept_by_peers.get(c.dtype), row["bytes_for_backward"]
         row["images_per_s"] = args.batch / row["median_s"]
         row["bytes_of_same_dtype"] = kept / peer if kept and peer and c.family != LUCIDRAINS else None
     columns = {
         "images/s": lambda row: f"{row['images_per_s']:.3g}",
-        "kept MiB/image": lambda row: speed.mebibytes(row["bytes_for_backward"]),
-        "of same dtype": lambda row: speed.times(row["bytes_of_same_dtype"]),
+        "saved MiB/image": lambda row: mebibytes(row["bytes_for_backward"]),
+        "of same dtype": lambda row: times(row["bytes_of_same_dtype"]),
     }
-    speed.publish("A training step", report, columns, args)
+    publish("A training step", measured, missing, columns, args)
 
 
 if __name__ == "__main__":

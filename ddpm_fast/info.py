@@ -57,7 +57,10 @@ def backends() -> dict[str, tuple[bool, str]]:
     for name, description in DESCRIPTIONS.items():
         available, reason = availability(name)
         if available and name in native.modules:
-            description = f"{description}: {native.modules[name].file}"
+            module = native.modules[name]
+            description = f"{description}: {module.file}" + (
+                f" (no faster one: {module.better})" if module.better else ""
+            )
         found[name] = (available, description if available else reason)
     return found
 

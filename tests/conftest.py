@@ -1,12 +1,54 @@
+import os
+from pathlib import Path
+
+import architectures
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-# The tensors here are small: two threads would wait for one another more than they work.
+# The tensors here are small: two threads would wait for one another more than they work. The variables are for the
+# processes that tests start, and for torch.compile, which otherwise keeps processes of its own.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# What every test with hypothesis takes over: `pytest --hypothesis-profile ci` tries more examples.
+EXAMPLES = {"default": 50, "ci": 150}
+for name, examples in EXAMPLES.items():
+    settings.register_profile(
+        name,
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-budgets", action="store_true", help="write tests/budgets.toml instead of comparing")
+    parser.addoption("--all-architectures", action="store_true", help="simulate kernels for sm_80, sm_90 and sm_100")
+
+
+def pytest_configure(config):
+    if config.getoption("all_architectures") or config.getoption("update_budgets"):
+        architectures.choose_all()
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One for each core, up to four, since each imports PyTorch and takes about a gigabyte; none for single files.
+
+    Nor with --update-budgets, where several tests write to one file.
+    """
+    single_files = all(Path(argument.split("::")[0]).is_file() for argument in config.args)
+    if single_files or config.getoption("update_budgets"):
+        return 0
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_make_parametrize_id(val):
+    """Bytes by their length: all processes must find the same names, and gzip writes the time into its header."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +90,23 @@ def make_tiny_network():
 @pytest.fixture
 def tiny_network():
     return TinyNetwork()
+
+
+def global_state():
+    return {
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "working directory": os.getcwd(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def unchanged_global_state(monkeypatch):
+    """A test leaves PyTorch and the process as it found them, so that tests pass in any order and in any process."""
+    before = global_state()
+    yield
+    monkeypatch.undo()
+    after = global_state()
+    assert after == before

@@ -1,27 +1,38 @@
-"""The compiled modules."""
+"""The compiled modules: what the build makes of a compiler that fails, and which module is loaded."""
 
+import json
 import os
+import platform
 import re
 import shutil
+import stat
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import ddpm_fast
+from ddpm_fast import info
 from ddpm_fast.ops import native
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(ddpm_fast.__file__).parent
 
 
 def test_the_tests_are_run_on_a_built_package():
-    package = Path(ddpm_fast.__file__).parent
-    assert (package / "_build.json").exists(), f"{package} was never built: pip install, then pytest (no python -m)"
+    assert (PACKAGE / "_build.json").exists(), f"{PACKAGE} was never built: pip install, then pytest (no python -m)"
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="a machine without compilers is fine, but not for CI")
 def test_ci_tests_the_compiled_modules():
-    expected = ["cpu", "cuda"] if torch.version.cuda and shutil.which("nvcc") else ["cpu"]
-    assert [native.modules[name].reason for name in expected] == [""] * len(expected)
+    with_cuda = torch.version.cuda and shutil.which("nvcc")
+    assert set(json.loads((PACKAGE / "_build.json").read_text())) <= (set() if with_cuda else {"cuda"})
+    for name in ["cpu", "cuda"] if with_cuda else ["cpu"]:
+        module = native.modules[name]
+        assert (module.available, module.reason, module.better) == (True, "", "")
 
 
 def test_a_module_is_there_or_says_why_not():
@@ -30,8 +41,166 @@ def test_a_module_is_there_or_says_why_not():
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
 def test_the_modules_use_nothing_of_pytorch_but_its_stable_abi():
-    for library in Path(ddpm_fast.__file__).parent.glob("*.abi3.so"):
+    for library in PACKAGE.glob("*.abi3.so"):
         symbols = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True)
         assert "torch_library_impl" in symbols
         # PyTorch's C++ (at::, c10::, torch::) changes with every release; Python's C is not needed at all.
         assert not re.findall(r"_ZNK?(?:2at|3c10|5torch)\w+|\b_?Py\w+", symbols)
+
+
+# Which module is loaded
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A function that makes a package with some modules, for a processor with AVX-512, and loads its CPU module."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+    def load(library):
+        if library.read_text():
+            raise OSError from ValueError(library.read_text())
+
+    monkeypatch.setattr(torch.ops, "load_library", load)
+
+    def make(libraries, missing=None):
+        for name, fault in libraries.items():
+            (tmp_path / f"_{name}.abi3.so").write_text(fault)
+        (tmp_path / "_build.json").write_text(json.dumps(missing or {}))
+        return native._load("cpu", tmp_path)
+
+    return make
+
+
+def test_the_module_of_the_processors_own_instruction_set_is_loaded(package):
+    assert package({"cpu": "", "cpu_avx2": "", "cpu_avx512": ""}) == (True, "", "_cpu_avx512.abi3.so", "")
+
+
+def test_a_module_that_was_not_built_is_replaced_by_the_next_lower_one(package):
+    module = package({"cpu": "", "cpu_avx2": ""}, {"cpu_avx512": "unrecognized option '-mavx512f'"})
+    reason = "the module was not built: unrecognized option '-mavx512f'"
+    assert module == (True, "", "_cpu_avx2.abi3.so", reason)
+
+
+def test_a_module_that_does_not_load_is_replaced_by_the_next_lower_one(package):
+    module = package({"cpu": "", "cpu_avx2": "undefined symbol", "cpu_avx512": "undefined symbol"})
+    assert module == (True, "", "_cpu.abi3.so", "the module does not load: undefined symbol")
+
+
+def test_without_any_module_the_reason_is_given_once(package):
+    missing = dict.fromkeys(("cpu", "cpu_avx2", "cpu_avx512"), "no C++ compiler was found (c++)")
+    assert package({}, missing) == (False, "the module was not built: no C++ compiler was found (c++)", "", "")
+
+
+def test_a_lower_capability_never_loads_the_module_of_a_higher_one(package, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    module = package({"cpu_avx2": "", "cpu_avx512": ""})
+    assert module == (False, "the module was not built: it was removed", "", "")
+
+
+def test_info_says_why_a_faster_module_is_not_used(monkeypatch):
+    slower = native.Module(True, "", "_cpu_avx2.abi3.so", "the module was not built: unrecognized option '-mavx512f'")
+    monkeypatch.setitem(native.modules, "cpu", slower)
+    _, description = info.backends()["cpu"]
+    assert description.endswith(
+        "_cpu_avx2.abi3.so (no faster one: the module was not built: unrecognized option '-mavx512f')"
+    )
+
+
+# What the build makes of compilers that fail
+
+# Stands for a compiler that works: it writes empty files, which is enough to be packed.
+COMPILES = """
+case "$*" in *-dumpversion*) echo 13.0.0; exit;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+# nvcc that says what it is, and compiles nothing.
+NVCC = f"""
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release {torch.version.cuda}, V0";;
+  *--list-gpu-code*) echo sm_90;;
+  *) echo "kernel.cu(7): error: expected a declaration" >&2; exit 1;;
+esac
+"""
+# What nvcc that fails gives as a reason; PyTorch without CUDA is one already.
+NO_CUDA = (
+    "compiling or linking failed: kernel.cu(7): error: expected a declaration"
+    if torch.version.cuda
+    else f"torch has no CUDA ({torch.__version__})"
+)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """A function that builds a wheel with the given compilers, and returns the process and what it wrote.
+
+    The compilers are shell scripts, each run with the arguments of a compiler.
+    """
+    pytest.importorskip("setuptools")
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("the tests do not lie beside the sources")
+    for name in ("csrc", "ddpm_fast"):
+        ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def script(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\n" + text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return str(path)
+
+    def run(cxx, nvcc, **variables):
+        environment = os.environ | {"CXX": script(tmp_path / "bin/g++", cxx), "MAX_JOBS": "2"}
+        environment |= {"CC": environment["CXX"], "CUDA_HOME": str(tmp_path / "cuda")}
+        environment |= {"DDPM_FAST_BUILD_CUDA": ""} | variables
+        script(tmp_path / "cuda/bin/nvcc", nvcc)
+        command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return process, sorted((tmp_path / "dist").glob("*.whl"))
+
+    return run
+
+
+def content(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = [Path(name).name for name in archive.namelist() if name.endswith(".so")]
+        return sorted(names), json.loads(archive.read("ddpm_fast/_build.json"))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set")
+def test_what_cannot_be_compiled_or_linked_is_left_out_with_the_compilers_own_words(build):
+    fails = """
+case " $* " in
+  *" -mavx512f "*) echo "unrecognized option '-mavx512f'" >&2; exit 1;;
+  *" -shared "*_cpu_avx2*) echo "ld: cannot find -lc10" >&2; exit 1;;
+esac
+"""
+    process, (wheel,) = build(fails + COMPILES, NVCC)
+    assert process.returncode == 0, process.stderr
+    assert "cp311-abi3-" in wheel.name
+    libraries, missing = content(wheel)
+    assert libraries == ["_cpu.abi3.so"]
+    assert missing == {
+        "cpu_avx512": "compiling or linking failed: unrecognized option '-mavx512f'",
+        "cpu_avx2": "compiling or linking failed: ld: cannot find -lc10",
+        "cuda": NO_CUDA,
+    }
+
+
+def test_a_wheel_without_any_module_is_tagged_as_plain_python(build):
+    killed = 'case " $* " in *" -c "*) kill -9 $$;; esac'  # as when memory runs out
+    process, (wheel,) = build(killed, "echo 'error: no libdevice' >&2; exit 1")
+    assert process.returncode == 0, process.stderr
+    assert wheel.name.endswith("-py3-none-any.whl")
+    libraries, missing = content(wheel)
+    assert libraries == []
+    assert "Killed" in missing["cpu"]
+    assert "error: no libdevice" in missing["cuda"] or not torch.version.cuda
+
+
+def test_a_build_that_insists_on_cuda_fails_with_the_reason(build):
+    process, wheels = build(COMPILES, NVCC, DDPM_FAST_BUILD_CUDA="1")
+    assert process.returncode != 0
+    assert not wheels
+    assert f"DDPM_FAST_BUILD_CUDA is 1, but {NO_CUDA}" in process.stderr

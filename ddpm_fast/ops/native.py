@@ -1,8 +1,9 @@
-"""The compiled modules: loads them when it is imported, and keeps why one is absent.
+"""The compiled modules: loads them when it is imported, and records why one is absent.
 
-A module is a shared library with no Python in it. Loading it registers its kernels with PyTorch's dispatcher,
-which from then on prefers them to the reference; where there is none, the reference serves. Of the CPU's modules, one
-for each instruction set, the one is loaded that PyTorch would choose (ATEN_CPU_CAPABILITY is heeded).
+A module is a shared library without Python in it. Loading it registers its kernels with PyTorch's dispatcher, which
+then prefers them to the reference; where there is no module, the reference runs. The CPU has a module for each
+instruction set. The one for the set that PyTorch itself uses is loaded (`ATEN_CPU_CAPABILITY` can lower that set), or,
+if it could not be built, the one for the next lower set.
 """
 
 import json
@@ -13,38 +14,50 @@ import torch
 
 __all__ = ["Module", "modules"]
 
+# The CPU's modules in the order of preference, from the instruction set that PyTorch uses on.
+CPU_MODULES = {"AVX512": ("cpu_avx512", "cpu_avx2", "cpu"), "AVX2": ("cpu_avx2", "cpu")}
+
 
 class Module(NamedTuple):
     available: bool
     reason: str  # why it is not available; empty if it is
-    file: str = ""  # which library it is, if it is available
+    file: str = ""  # which library was loaded, if it is available
+    better: str = ""  # why no library for a higher instruction set was loaded; empty if the processor has no higher one
 
 
-def _load(name: str) -> Module:
+def _load(name: str, package: Path = Path(__file__).parents[1]) -> Module:
+    """Loads the first library of a backend that can be loaded."""
     if name == "cuda" and torch.version.cuda is None:
         return Module(False, f"torch has no CUDA ({torch.__version__})")
-    package = Path(__file__).parents[1]
-    library, record = package / f"_{name}{_suffix(name)}.abi3.so", package / "_build.json"
+    record = package / "_build.json"
     if not record.exists():
         return Module(False, f"{package} holds sources that were never built: install them with pip")
-    if not library.exists():
-        reason = json.loads(record.read_text()).get(name, "it was removed")
-        return Module(False, f"the module was not built: {reason}")
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return Module(False, f"the module does not load: {error.__cause__}")
-    return Module(True, "", library.name)
+    missing = json.loads(record.read_text())
+    reasons = []
+    for candidate in _candidates(name):
+        library = package / f"_{candidate}.abi3.so"
+        if not library.exists():
+            reasons.append(f"the module was not built: {missing.get(candidate, 'it was removed')}")
+            continue
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            reasons.append(f"the module does not load: {error.__cause__}")
+        else:
+            return Module(True, "", library.name, "; ".join(dict.fromkeys(reasons)))
+    return Module(False, "; ".join(dict.fromkeys(reasons)))
 
 
-def _suffix(name: str) -> str:
-    capability = torch.backends.cpu.get_cpu_capability() if name == "cpu" else ""
-    return {"AVX512": "_avx512", "AVX2": "_avx2"}.get(capability, "")
+def _candidates(name: str) -> tuple[str, ...]:
+    """The modules that serve a backend on this machine, the fastest first."""
+    if name == "cpu":
+        return CPU_MODULES.get(torch.backends.cpu.get_cpu_capability(), ("cpu",))
+    return (name,)
 
 
 modules = {name: _load(name) for name in ("cpu", "cuda")}
 
-# glibc returns freed memory to the system, which zeroes every page that it hands out again: a tenth of a network's
-# time. How much it keeps instead, it learns from the blocks that come and go, and 32 MiB is the most that it learns
-# from. Elsewhere, this does nothing.
+# Freeing one large block raises glibc's mmap threshold, so that freed buffers are reused. Without it, glibc returns
+# them to the system, which zeroes every page that it hands out again: a tenth of a network's time. The threshold
+# rises to 32 MiB at most. With other allocators, this has no effect.
 torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from calls import OPS, arguments, call
 from harness import Case
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from strategies import STRATEGIES
 
 from ddpm_fast import ops
@@ -21,7 +21,7 @@ TENSORS_THAT_LEARN = {"q_sample": (0, 1), "weighted_loss": (0,), "vlb_terms": (1
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck itself looks at it
 @pytest.mark.parametrize("op", STRATEGIES)
 def test_the_strict_op_passes_opcheck(op):
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=settings.default.max_examples // 10)
     @given(case=STRATEGIES[op](200))
     def check(case: Case):
         function = getattr(torch.ops.ddpm_fast, op).default
