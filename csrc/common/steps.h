@@ -29,7 +29,8 @@ DDPM_FAST_HOST_DEVICE Loss loss_of(float error) {
   if constexpr (type == LossType::l2) return {error * error, 2.0f * error};
   const float size = fabsf(error), sign = error > 0.0f ? 1.0f : error < 0.0f ? -1.0f : 0.0f;
   if constexpr (type == LossType::l1) return {size, sign};
-  return size <= 1.0f ? Loss{0.5f * error * error, error} : Loss{size - 0.5f, sign};
+  // NaN takes the last branch, so that its slope is NaN (that of l1 is 0, as sign(NaN) is in PyTorch).
+  return size > 1.0f ? Loss{size - 0.5f, sign} : Loss{0.5f * error * error, error};
 }
 
 }  // namespace ddpm_fast

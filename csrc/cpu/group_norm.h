@@ -43,11 +43,15 @@ class Strips {
     const int64_t last = plane - std::max<int64_t>(tiles - 1, 0) * tile_pixels;
     channel_of.resize(lanes), last_counts.resize(lanes);
     for (int64_t element = 0; element < lanes; ++element) {
-      const int64_t lane = in_pairs ? element / 2 + element % 2 * half : element;
+      const int64_t lane = lane_of(element, in_pairs);
       channel_of[lane] = element % channels;
       last_counts[lane] = static_cast<double>(last / row_pixels + (element < last % row_pixels * channels));
     }
     full_counts.assign(lanes, static_cast<double>(tile_pixels / row_pixels));
+  }
+
+  int64_t lane_of(int64_t element, bool in_pairs) const {
+    return in_pairs ? element / 2 + element % 2 * half : element;
   }
 
   int64_t tiles_per_sample() const { return strips * tiles; }
@@ -70,6 +74,12 @@ class Strips {
   void for_rows(const Tile& tile, const F& f) const {
     for (int64_t r = 0; r < tile.rows; ++r) f(r * lanes, lanes);
     if (tile.left) f(tile.rows * lanes, tile.left);
+  }
+
+  // Calls f(i, channel) for each element of a tile, in memory's order.
+  template <class F>
+  void for_elements(const Tile& tile, const F& f) const {
+    for (int64_t i = 0; i < tile.rows * lanes + tile.left; ++i) f(i, strips == 1 ? i % channels : tile.strip);
   }
 
   int64_t strips, channels, plane, row_pixels, lanes, half, tile_pixels, tiles;
@@ -122,6 +132,30 @@ class LaneTable {
   int64_t columns_, channels_, width_;
   std::vector<float> values_;
 };
+
+// The loops over tiles assume that tables of factors and offsets are finite: they limit exponents, which would make
+// SiLU(-inf) 0 where PyTorch has NaN, and a table's factor times a mean can be infinity minus infinity. A sample with
+// an entry that is not finite (a parameter of such a network, or a statistic of such an input) is computed element by
+// element instead, in double and in the order of the reference, from one of these for each channel.
+struct ExactChannel {
+  double mean, rstd, weight, bias, one_and_scale, shift;
+  double mean_grad, mean_product;  // of the channel's group; for the backward pass
+
+  double normalised(double x) const { return (x - mean) * rstd; }
+  double affine(double x_hat) const { return (x_hat * weight + bias) * one_and_scale + shift; }
+};
+using ExactChannels = std::vector<ExactChannel>;  // empty where the tables are finite
+
+inline bool all_finite(const std::vector<float>& values) {
+  int32_t largest = 0;
+  for (const float value : values) largest = std::max(largest, bits_of(value) & INT32_MAX);
+  return largest < 0x7F800000;
+}
+
+inline float value_of(const Bf16* x, int64_t i) { return from_bf16(x[i].bits); }
+inline float value_of(const float* x, int64_t i) { return x[i]; }
+inline void set_value(Bf16* x, int64_t i, float value) { x[i].bits = to_bf16(value); }
+inline void set_value(float* x, int64_t i, float value) { x[i] = value; }
 
 // Room for floats, not set to anything first.
 using Scratch = std::unique_ptr<float[]>;

@@ -168,6 +168,39 @@ void set_grad_x(const Strips& strips, const Tile& tile, const T* grad, const T* 
   });
 }
 
+// The gradient before the silu, of one element.
+inline double exact_before_silu(double grad, double z, bool silu) {
+  if (!silu) return grad;
+  const double sigmoid = 1.0 / (1.0 + std::exp(-z));
+  return grad * sigmoid * (1.0 + z * (1.0 - sigmoid));
+}
+
+template <class T>
+void add_sums_exactly(const Strips& strips, const Tile& tile, bool silu, const ExactChannels& channels, const T* grad,
+    const T* x, float* sums, float* products) {
+  strips.for_elements(tile, [&](int64_t i, int64_t c) {
+    const ExactChannel& channel = channels[c];
+    const double z = channel.affine(channel.normalised(value_of(x, i)));
+    const double g = exact_before_silu(value_of(grad, i), z, silu);
+    const int64_t w = strips.lane_of(i % strips.lanes, std::is_same_v<T, Bf16>);
+    sums[w] += static_cast<float>(g);
+    products[w] += static_cast<float>(g * (value_of(x, i) - channel.mean));
+  });
+}
+
+template <class T>
+void set_grad_x_exactly(const Strips& strips, const Tile& tile, bool silu, const ExactChannels& channels, const T* grad,
+    const T* x, T* grad_x) {
+  strips.for_elements(tile, [&](int64_t i, int64_t c) {
+    const ExactChannel& channel = channels[c];
+    const double x_hat = channel.normalised(value_of(x, i));
+    const double g = exact_before_silu(value_of(grad, i), channel.affine(x_hat), silu);
+    const double gamma = channel.weight * channel.one_and_scale;
+    const double result = channel.rstd * (g * gamma - channel.mean_grad - x_hat * channel.mean_product);
+    set_value(grad_x, i, static_cast<float>(result));
+  });
+}
+
 template <class T>
 void run_as(const GroupNormSiluBackward& b) {
   const Strips strips(b.shape, std::is_same_v<T, Bf16>);
@@ -177,6 +210,7 @@ void run_as(const GroupNormSiluBackward& b) {
   const std::vector<float> bias = to_floats(b.bias, b.parameter_type, 0, channels);
   std::vector<float> partial;  // (samples, strips, tiles, 2, lanes)
   LaneTable table(strips, columns, channels);
+  std::vector<ExactChannels> exact;  // of each sample
   const auto unit = static_cast<float>(argument_unit<T>(b.silu));
 
   const auto set_affine = [&](int64_t first, int64_t n) {
@@ -192,6 +226,12 @@ void run_as(const GroupNormSiluBackward& b) {
     table.set(n, mean, means.data());
     table.set(n, factor, factors.data());
     table.set(n, offset, offsets.data());
+    exact[n].clear();
+    if (all_finite(means) && all_finite(factors) && all_finite(offsets)) return;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double rstd = b.rstd[(first + n) * b.groups + c / per_group];
+      exact[n].push_back({means[c], rstd, weight[c], bias[c], 1.0 + scale[c], shift[c], 0.0, 0.0});
+    }
   };
 
   // From the sums of all lanes and tiles of a sample to its part of the workspace, and to what the second pass needs.
@@ -226,6 +266,7 @@ void run_as(const GroupNormSiluBackward& b) {
       for (int64_t c = begin; c < begin + per_group; ++c) {
         of_deviations[c] = static_cast<float>(-rstd * rstd * mean_product);
         constants[c] = static_cast<float>(-rstd * mean_grad);
+        if (!exact[n].empty()) exact[n][c].mean_grad = mean_grad, exact[n][c].mean_product = mean_product;
       }
     }
     table.set(n, of_grad, of_grads.data());
@@ -241,6 +282,7 @@ void run_as(const GroupNormSiluBackward& b) {
     if (keep && !kept) kept = make_scratch(samples * sample_tiles * strips.room_of_lanes());
     partial.resize(samples * sample_tiles * 2 * lanes);
     table.resize(samples);
+    exact.resize(samples);
     for (int64_t n = 0; n < samples; ++n) set_affine(first, n);
 
     // What both passes have in common; f gets a tile's gradient and x, its lanes and its number.
@@ -266,7 +308,12 @@ void run_as(const GroupNormSiluBackward& b) {
     for_tiles(of_grad, [&](const Tile& tile, int64_t i, int64_t, const T* grad, const T* x, const float* const* lane) {
       float* out = &partial[i * 2 * lanes];
       std::fill_n(out, 2 * lanes, 0.0f);
-      sum(strips, tile, grad, x, lane, kept_of(i), out, out + lanes);
+      const ExactChannels& of_sample = exact[tile.sample];
+      if (of_sample.empty()) {
+        sum(strips, tile, grad, x, lane, kept_of(i), out, out + lanes);
+      } else {
+        add_sums_exactly(strips, tile, b.silu, of_sample, grad, x, out, out + lanes);
+      }
     });
     torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) combine(first, n);
@@ -279,7 +326,12 @@ void run_as(const GroupNormSiluBackward& b) {
           // In half precision, the result may take the place of what it was made from.
           float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
           T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
-          set(strips, tile, grad, x, lane, kept_of(i), out);
+          const ExactChannels& of_sample = exact[tile.sample];
+          if (of_sample.empty()) {
+            set(strips, tile, grad, x, lane, kept_of(i), out);
+          } else {
+            set_grad_x_exactly(strips, tile, b.silu, of_sample, grad, x, out);
+          }
           if (static_cast<void*>(out) == buffer) {
             store(buffer, tile.rows * lanes + tile.left, b.grad_x, b.x_type, index);
           }

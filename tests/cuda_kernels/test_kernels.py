@@ -1,18 +1,18 @@
 """The CUDA kernels, as nvcc compiles them for three architectures and ptxsim executes them on the CPU."""
 
-import functools
 import re
 import shutil
 
+import architectures
 import numpy as np
 import ptxsim
 import pytest
+import simulated_cuda
 import torch
 from budgets import measure, settle
 from harness import targets
-from ops import simulated_cuda
-from ops.simulated_cuda import ARCHITECTURES, ROOT, TYPES, Simulation, structures
 from ptxsim import static, toolchain
+from simulated_cuda import ROOT, TYPES, Simulation, simulation, structures
 
 from ddpm_fast.ops import reference
 
@@ -23,19 +23,15 @@ N = 4
 NOISE_TOLERANCE = 4e-6
 
 
-@functools.cache
-def simulation(arch):
-    return Simulation(arch)
-
-
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=architectures.chosen)
 def cuda(request):
     return simulation(request.param)
 
 
 def on_architectures(names, cases, everywhere):
     """Parametrises with all cases on one architecture, and with the first few on the others."""
-    pairs = [(90, case) for case in cases] + [(arch, case) for case in cases[:everywhere] for arch in (80, 100)]
+    others = [arch for arch in architectures.chosen if arch != 90]
+    pairs = [(90, case) for case in cases] + [(arch, case) for case in cases[:everywhere] for arch in others]
     values = [pytest.param(arch, *case, id="-".join(map(str, (arch, *case)))) for arch, case in pairs]
     return pytest.mark.parametrize(("cuda", *names), values, indirect=["cuda"])
 
@@ -482,7 +478,7 @@ def short(name):
 
 def test_kernels_keep_to_their_budgets(request):
     rows = {}
-    for arch in ARCHITECTURES:
+    for arch in architectures.chosen:
         for report in static.from_ptx(simulated_cuda.library().ptx(arch)):
             name = short(report.name)
             tile = re.search(r"(?:Wide|Scalar)Tile<(\d+)(?:, (\d+))?>", name)
@@ -495,7 +491,7 @@ def test_kernels_keep_to_their_budgets(request):
 def test_a_reverse_step_and_its_noise_take_at_most_sixty_instructions_an_element(request):
     """Of SASS, all included: addresses, tables, Philox, Box-Muller, conversions and the failing assertion."""
     rows = {}
-    for arch in ARCHITECTURES:
+    for arch in architectures.chosen:
         for report in static.from_cuda(
             ROOT / "tests/cuda_kernels/plain_step.cu", f"sm_{arch}", simulated_cuda.options()
         ):

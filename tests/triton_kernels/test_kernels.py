@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -25,13 +26,12 @@ from ddpm_fast import ops
 from ddpm_fast.ops import reference
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
-ARCHITECTURES = (80, 90, 100)
 N = 4
 TYPES = {"float32": (F32, F32), "float32-bfloat16": (F32, BF16), "bfloat16": (BF16, BF16)}  # of the state, of pred
 LAYOUTS = {"channels-last": torch.channels_last, "planar": torch.contiguous_format}
 
 needs_ptxas = pytest.mark.skipif(not toolchain.has_tool("cuobjdump"), reason="no CUDA toolkit")
-everywhere = pytest.mark.parametrize("cc", ARCHITECTURES)
+everywhere = pytest.mark.parametrize("cc", architectures.chosen)
 
 
 def images(*shape, dtype=F32, layout=torch.channels_last):
@@ -109,7 +109,7 @@ def elements_of_a_thread(name, layout, types, warps):
 @needs_ptxas
 def test_no_kernel_uses_more_of_the_machine_than_its_budget(request):
     rows = {}
-    for cc in ARCHITECTURES:
+    for cc in architectures.chosen:
         for case, one in elementwise_kernels(cc).items():
             row = measure(one.report, elements_of_a_thread(*case, one.warps)) | {"shared": one.shared}
             rows.setdefault(", ".join(case), {})[f"sm_{cc}"] = row

@@ -115,8 +115,8 @@ def _weighted_loss(
             elif LOSS_TYPE == 1:
                 value, slope = size, sign
             else:
-                value = tl.where(size <= 1, 0.5 * error * error, size - 0.5)
-                slope = tl.where(size <= 1, error, sign)
+                value = tl.where(size > 1, size - 0.5, 0.5 * error * error)
+                slope = tl.where(size > 1, sign, error)  # NaN stays NaN
             total += tl.where(mask, value, 0.0)
             if grad is not None:
                 store(grad, start + lane * extent, element, mask, slope * steepness)
