@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
 #include <tuple>
 
 #include "common/inputs.h"
@@ -177,7 +178,10 @@ struct Ops {
     Tensor y = inputs.like_first(type);
     Tensor mean = inputs.array(ScalarType::Float, {shape.samples, groups});
     Tensor rstd = inputs.array(ScalarType::Float, {shape.samples, groups});
-    if (x.numel() == 0) return {y, torch::stable::zero_(mean), torch::stable::zero_(rstd)};
+    if (x.numel() == 0) {  // the mean of nothing, as in the reference
+      const double nan = std::numeric_limits<double>::quiet_NaN();
+      return {y, torch::stable::fill_(mean, nan), torch::stable::fill_(rstd, nan)};
+    }
     run_with_workspace(inputs,
         GroupNormSilu{data_of(x), data_of(weight), data_of(bias), data_of(scale), data_of(shift), y.mutable_data_ptr(),
             result_of(mean), result_of(rstd), shape, groups, static_cast<float>(eps), silu, type_of(type),

@@ -164,3 +164,14 @@ def test_what_is_not_finite_stays_so_in_the_terms_of_the_bound(runner):
                     found = runner.call("vlb_terms", arguments)
                     expected = reference.vlb_terms(*map(wide, changed.values()), t, vlb_rows(True).double(), low, high)
                     assert_same_kinds(found, [expected], f"{where}, t = {t[0]}")
+
+
+@pytest.mark.filterwarnings("ignore:var_mean")  # PyTorch's own word about it
+@RUNNERS
+def test_the_statistics_of_a_group_without_elements_are_nan(runner):
+    x, ones = torch.empty(2, 6, 0, 5), torch.ones(6)
+    y, mean, rstd = runner.call("group_norm_silu", (x, ones, ones, None, None, 3, 1e-5, True))
+    assert y.shape == x.shape
+    assert mean.shape == rstd.shape == (2, 3)
+    assert mean.isnan().all()
+    assert rstd.isnan().all()
