@@ -27,8 +27,8 @@ inline float exponential_series(float r) {
   return fused(p, r, 0.5f);
 }
 
-// e^x to about an ulp; beyond |x| = 87, what it is there, even for NaN. Clamped as integers: compilers make three
-// instructions of it, and six of two comparisons.
+// e^x to about one unit in the last place. |x| is limited to 87, and NaN is treated as 87 too. The limit is applied to
+// the bits as integers, which compiles to three instructions instead of the six of two comparisons.
 inline float exponential(float x) {
   const int32_t bits = bits_of(x), size = bits & 0x7FFFFFFF, limit = 0x42AE0000;
   const Reduced a = reduce(float_of((size < limit ? size : limit) | (bits & INT32_MIN)));
@@ -36,7 +36,7 @@ inline float exponential(float x) {
   return float_of(bits_of(p) + (a.n_bits << 23));
 }
 
-// The same, but infinite where e^x exceeds float32, and NaN for NaN.
+// The same, but infinite where e^x exceeds the range of float32, and NaN for NaN.
 inline float exponential_or_infinite(float x) {
   const float least = x < -87.0f ? -87.0f : x;
   const Reduced a = reduce(least);

@@ -1,8 +1,8 @@
-// How group norm walks over memory, forwards and backwards, in either layout.
+// How the forward and the backward pass of group norm traverse memory, in either layout.
 //
 // A sample is one strip of all its channels, or, planar, one strip for each channel. A strip is cut into tiles of whole
-// pixels, and these into rows of `row_pixels` pixels, so that even few channels fill vectors. Sums are kept a lane of a
-// row apiece, in float32 over a tile and from then on in float64.
+// pixels, and these into rows of `row_pixels` pixels, so that even few channels fill vectors. Each lane of
+// a row has a sum of its own, in float32 within a tile and in float64 across tiles.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +27,7 @@ struct Tile {
 
 class Strips {
  public:
-  // In pairs: the lanes are those of bfloat16.
+  // in_pairs: the order of lanes is that of bfloat16, see lanes.h.
   Strips(const Shape& shape, bool in_pairs)
       : strips(shape.planar ? shape.channels : 1),
         channels(shape.planar ? 1 : shape.channels),
@@ -36,7 +36,7 @@ class Strips {
     while (row_pixels * channels < 64) row_pixels *= 2;
     lanes = row_pixels * channels;
     half = lanes / 2;
-    // bfloat16 is read where it lies; all else passes through buffers of float32, for the nearest cache.
+    // bfloat16 is read in place; other types are converted in float32 buffers that fit in the first-level cache.
     tile_pixels = std::max<int64_t>((in_pairs ? 32768 : 8192) / lanes, 1) * row_pixels;
     tiles = (plane + tile_pixels - 1) / tile_pixels;
 
@@ -56,7 +56,7 @@ class Strips {
 
   int64_t tiles_per_sample() const { return strips * tiles; }
   int64_t room() const { return tile_pixels * channels; }  // of a tile, in elements
-  // The same where elements lie by lanes: a short row has gaps.
+  // The same for a buffer ordered by lanes, in which a short last row leaves gaps.
   int64_t room_of_lanes() const { return (tile_pixels / row_pixels + 1) * lanes; }
 
   Tile tile(int64_t i) const {
@@ -105,8 +105,8 @@ void parallel_tiles(const Strips& strips, int64_t samples, const F& f) {
   torch::stable::parallel_for(0, samples * strips.tiles_per_sample(), grain, f);
 }
 
-// Values of each channel, `columns` of them, as the tiles of a sample want them: of each lane. (A planar sample's are
-// spread when a tile is begun, or there would be 64 times as many.)
+// `columns` values for each channel of each sample, expanded to the lanes of a tile. (For planar samples, the expansion
+// takes place when a tile begins, since the table would otherwise be 64 times as large.)
 class LaneTable {
  public:
   LaneTable(const Strips& strips, int64_t columns, int64_t channels)
@@ -157,11 +157,11 @@ inline float value_of(const float* x, int64_t i) { return x[i]; }
 inline void set_value(Bf16* x, int64_t i, float value) { x[i].bits = to_bf16(value); }
 inline void set_value(float* x, int64_t i, float value) { x[i] = value; }
 
-// Room for floats, not set to anything first.
+// Uninitialised memory for floats.
 using Scratch = std::unique_ptr<float[]>;
 inline Scratch make_scratch(int64_t size) { return Scratch(new float[size]); }
 
-// A tile's elements as T: bfloat16 where they lie, all else in float32.
+// A tile's elements as T: bfloat16 in place, all other types in float32.
 template <class T>
 const T* load_as(const void* base, Type type, int64_t index, int64_t size, float* buffer) {
   if constexpr (std::is_same_v<T, Bf16>)

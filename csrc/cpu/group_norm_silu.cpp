@@ -82,8 +82,8 @@ void set_moments(const Strips& strips, const Tile& tile, const T* x, float* mome
   add_deviations(strips, tile, x, center, moments + lanes, moments + 2 * lanes);
 }
 
-// y = silu(z) of z = (x - mean) factor + offset; the table has z's factor and offset in `argument_unit`s. bfloat16's
-// mean is in the offset: it then adds a rounding of mean / std, no more than the mean's own.
+// y = silu(z) of z = (x - mean) factor + offset; the table has z's factor and offset in `argument_unit`s. For bfloat16
+// the mean is part of the offset, which adds one rounding error of mean / std, no more than that of the mean itself.
 enum Column { mean, factor, offset, columns };
 
 #ifdef __AVX512F__
@@ -161,7 +161,7 @@ void run_as(const GroupNormSilu& g) {
     for (int64_t c = 0; c < channels; ++c) {
       mean_c[c] = std::is_same_v<T, Bf16> ? 0.0f : static_cast<float>(means[c]);
       factor_c[c] = static_cast<float>(unit * rstds[c] * weight[c] * (1.0 + scale[c]));
-      // What the mean lost in rounding is in the offset.
+      // The rounding error of the mean is added to the offset.
       const double lost = means[c] - mean_c[c];
       offset_c[c] = static_cast<float>(unit * (bias[c] * (1.0 + scale[c]) + shift[c]) - lost * factor_c[c]);
     }

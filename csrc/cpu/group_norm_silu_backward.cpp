@@ -13,12 +13,14 @@ namespace {
 // grad_x = of_grad g + of_deviation (x - mean) + constant.
 enum Column { mean, factor, offset, of_grad, of_deviation, constant, columns };
 
-// Both passes need g. The second finds it kept by the first where that is still in the cache; from memory it would come
-// later than it is made again.
+// Both passes need g. The first stores it for the second if it fits in the cache; reading it from memory would take
+// longer than computing it again.
 enum class Gradient { no_silu, again, kept };
 
 inline float before_silu(float grad, float deviation, float minus_factor, float minus_offset) {
-  const float z = fused(deviation, minus_factor, minus_offset), e = exponential(z);  // -z
+  const float minus_z = fused(deviation, minus_factor, minus_offset);
+  // 88 stands for all that is more: the slope is 0 there, which the limited exponential alone times z would not be.
+  const float z = 88.0f < minus_z ? 88.0f : minus_z, e = exponential(z);
   const float sigmoid = 1.0f / (1.0f + e);
   return grad * (sigmoid * fused(-z, e * sigmoid, 1.0f));
 }
@@ -277,9 +279,13 @@ void run_as(const GroupNormSiluBackward& b) {
   const int64_t bytes = 3 * size_of(b.x_type) + sizeof(float);
   const bool keep = b.silu && sample_size * bytes <= 2 * cache_size();
   Scratch kept;
+  int64_t kept_size = 0;
   for_batches(b.shape, bytes, [&](int64_t first, int64_t samples) {
     // The first batch is the largest.
-    if (keep && !kept) kept = make_scratch(samples * sample_tiles * strips.room_of_lanes());
+    if (keep && !kept) {
+      kept_size = samples * sample_tiles * strips.room_of_lanes();
+      kept = make_scratch(kept_size);
+    }
     partial.resize(samples * sample_tiles * 2 * lanes);
     table.resize(samples);
     exact.resize(samples);
@@ -301,7 +307,11 @@ void run_as(const GroupNormSiluBackward& b) {
         }
       });
     };
-    const auto kept_of = [&](int64_t i) { return keep ? kept.get() + i * strips.room_of_lanes() : nullptr; };
+    const auto kept_of = [&](int64_t i) -> float* {
+      if (!keep) return nullptr;
+      STD_TORCH_CHECK((i + 1) * strips.room_of_lanes() <= kept_size, "group_norm_silu_backward: no room for tile ", i);
+      return kept.get() + i * strips.room_of_lanes();
+    };
     const auto sum = keep ? add_sums<Gradient::kept, T>
         : b.silu          ? add_sums<Gradient::again, T>
                           : add_sums<Gradient::no_silu, T>;
@@ -323,7 +333,7 @@ void run_as(const GroupNormSiluBackward& b) {
                           : set_grad_x<Gradient::no_silu, T>;
     for_tiles(
         columns, [&](const Tile& tile, int64_t i, int64_t index, const T* grad, const T* x, const float* const* lane) {
-          // In half precision, the result may take the place of what it was made from.
+          // In half precision, the result overwrites the converted x that it was computed from.
           float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
           T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
           const ExactChannels& of_sample = exact[tile.sample];

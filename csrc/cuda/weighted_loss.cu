@@ -1,4 +1,4 @@
-// Reads pred (and x_start; the noise is made again from its key), writes the gradient, and adds up the loss on the way.
+// Reads pred and x_start, recomputes the noise from its key, writes the gradient, and sums the loss in the same pass.
 #include <torch/headeronly/macros/Macros.h>
 
 #include "cuda/launch.h"
