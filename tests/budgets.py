@@ -56,7 +56,7 @@ def settle(section: str, rows: Mapping[str, Mapping[str, Row]], *, update: bool)
     worse = [f"{name} is not in the file" for name in rows.keys() - known.keys()]
     worse += [f"{name} is no more" for name in known.keys() - rows.keys()]
     for name in rows.keys() & known.keys():
-        for arch in rows[name].keys() | known[name].keys():
+        for arch in rows[name]:
             budget, row = known[name].get(arch, {}), rows[name].get(arch, {})
             for what in budget.keys() | row.keys():
                 old, new = budget.get(what), row.get(what)

@@ -1,9 +1,9 @@
-// What a kernel is asked to do, without a word of PyTorch: the ops' C++ fronts fill these in, and a test can too.
+// Plain argument structs of the kernels, without PyTorch types. The ops' C++ fronts fill them in, and so do the tests.
 //
-// Tensors are dense, and all of one call are laid out alike: a sample is `channels` x `plane` elements, in memory
-// either channels-last (or with no image axes at all), or `planar`, one channel after the other. Noise is counted
-// channels-last in both. Absent tensors are null. Element types are float32, bfloat16 and float16, x_start may be
-// uint8.
+// Tensors are dense, and all tensors of a call have the same layout: a sample is `channels` x `plane` elements, stored
+// either channels-last (also where there are no image axes) or `planar`, one channel after another. Noise is counted
+// channels-last in both layouts. Absent tensors are null. Element types are float32, bfloat16 and float16; x_start may
+// also be uint8.
 #pragma once
 
 #include <cstdint>
@@ -46,14 +46,15 @@ struct QSample {
 
 // loss[n] = scale weight / sample_size sum |pred - (p x_start + q noise)|, with (p, q, weight) = rows[t]
 struct WeightedLoss {
-  const void* pred;     // pred_type
-  const void* x_start;  // data_type, or null, or uint8 if x_is_bytes
-  const void* noise;    // data_type, or null; with keys null too, q is not read
-  const int64_t* keys;  // (samples, 2), or null
-  const int64_t* t;     // (samples,)
-  const float* rows;    // (timesteps, 3)
-  float* loss;          // (samples,)
-  void* grad;           // pred_type: the gradient of loss by pred, or null
+  const void* pred;       // pred_type
+  const void* x_start;    // data_type, or null, or uint8 if x_is_bytes
+  const void* noise;      // data_type, or null; with keys null too, q is not read
+  const int64_t* keys;    // (samples, 2), or null
+  const int64_t* t;       // (samples,)
+  const float* rows;      // (timesteps, 3)
+  const float* upstream;  // (samples,), multiplies the gradient, or null
+  float* loss;            // (samples,)
+  void* grad;             // pred_type: the gradient of loss by pred, or null
   Shape shape;
   int64_t timesteps;
   float scale;
@@ -102,7 +103,7 @@ struct VlbTerms {
   float* workspace;  // of the size that the backend asks for
 };
 
-// y = silu((x - mean) rstd weight + bias), with (1 + scale) and + shift before the silu where they are given
+// y = silu(((x - mean) rstd weight + bias) (1 + scale) + shift); scale and shift may be null
 struct GroupNormSilu {
   const void* x;       // x_type
   const void* weight;  // (channels,) parameter_type

@@ -1,4 +1,4 @@
-// The arithmetic of one element, once for the C++ compiler and for nvcc. Values come in and go out in float32.
+// The arithmetic of one element, shared by the C++ compiler and nvcc. Arguments and results are float32.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@ namespace ddpm_fast {
 // Images in bytes, from [0, 255] to [-1, 1].
 DDPM_FAST_HOST_DEVICE float from_byte(uint8_t value) { return static_cast<float>(value) * (2.0f / 255.0f) - 1.0f; }
 
-// Like torch.clamp, it keeps NaN.
+// Returns NaN for NaN, like torch.clamp.
 DDPM_FAST_HOST_DEVICE float clip(float x, float low, float high) {
   x = x < low ? low : x;
   return x > high ? high : x;
@@ -29,7 +29,8 @@ DDPM_FAST_HOST_DEVICE Loss loss_of(float error) {
   if constexpr (type == LossType::l2) return {error * error, 2.0f * error};
   const float size = fabsf(error), sign = error > 0.0f ? 1.0f : error < 0.0f ? -1.0f : 0.0f;
   if constexpr (type == LossType::l1) return {size, sign};
-  return size <= 1.0f ? Loss{0.5f * error * error, error} : Loss{size - 0.5f, sign};
+  // NaN takes the last branch, so that its slope is NaN (that of l1 is 0, as sign(NaN) is in PyTorch).
+  return size > 1.0f ? Loss{size - 0.5f, sign} : Loss{0.5f * error * error, error};
 }
 
 }  // namespace ddpm_fast

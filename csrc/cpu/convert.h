@@ -28,7 +28,8 @@ inline void* at(void* base, Type type, int64_t index) { return static_cast<char*
 
 inline float from_bf16(uint16_t value) { return float_of(static_cast<int32_t>(static_cast<uint32_t>(value) << 16)); }
 
-// To nearest, ties to even; in the upper half, with the lower one to be dropped.
+// Rounds to the nearest bfloat16, ties to even. The result is the upper half of the word; the lower half is to be
+// dropped.
 inline uint32_t rounded_bf16(float x) {
   const uint32_t bits = static_cast<uint32_t>(bits_of(x));
   return x != x ? 0x7FC00000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
@@ -68,7 +69,8 @@ inline void narrow_f16(const float* __restrict__ from, int64_t size, uint16_t* _
   for (; i < size; ++i) to[i] = torch::headeronly::detail::fp16_ieee_from_fp32_value(from[i]);
 }
 
-// Elements index ... index + size - 1 in float32: where they lie if that is what they are, or else in the buffer.
+// Elements index ... index + size - 1 in float32: a pointer to the tensor itself if it is float32, else to the buffer,
+// into which they are converted.
 inline const float* load(const void* base, Type type, int64_t index, int64_t size, float* buffer) {
   const void* from = at(base, type, index);
   switch (type) {
@@ -100,11 +102,11 @@ inline void store(const float* values, int64_t size, void* base, Type type, int6
       narrow_f16(values, size, static_cast<uint16_t*>(to));
       break;
     case Type::u8:
-      break;  // nothing is rounded to bytes
+      break;  // no op has a result in bytes
   }
 }
 
-// Where to compute what is to be stored: in its place, or in the buffer until `store`.
+// Where to write results: the tensor itself if it is float32, else the buffer, which `store` converts afterwards.
 inline float* place(void* base, Type type, int64_t index, float* buffer) {
   return type == Type::f32 ? static_cast<float*>(base) + index : buffer;
 }

@@ -1,8 +1,8 @@
-// How group norm walks over memory, forwards and backwards, in either layout.
+// How the forward and the backward pass of group norm traverse memory, in either layout.
 //
 // A sample is one strip of all its channels, or, planar, one strip for each channel. A strip is cut into tiles of whole
-// pixels, and these into rows of `row_pixels` pixels, so that even few channels fill vectors. Sums are kept a lane of a
-// row apiece, in float32 over a tile and from then on in float64.
+// pixels, and these into rows of `row_pixels` pixels, so that even few channels fill vectors. Each lane of
+// a row has a sum of its own, in float32 within a tile and in float64 across tiles.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +27,7 @@ struct Tile {
 
 class Strips {
  public:
-  // In pairs: the lanes are those of bfloat16.
+  // in_pairs: the order of lanes is that of bfloat16, see lanes.h.
   Strips(const Shape& shape, bool in_pairs)
       : strips(shape.planar ? shape.channels : 1),
         channels(shape.planar ? 1 : shape.channels),
@@ -36,23 +36,27 @@ class Strips {
     while (row_pixels * channels < 64) row_pixels *= 2;
     lanes = row_pixels * channels;
     half = lanes / 2;
-    // bfloat16 is read where it lies; all else passes through buffers of float32, for the nearest cache.
+    // bfloat16 is read in place; other types are converted in float32 buffers that fit in the first-level cache.
     tile_pixels = std::max<int64_t>((in_pairs ? 32768 : 8192) / lanes, 1) * row_pixels;
     tiles = (plane + tile_pixels - 1) / tile_pixels;
 
     const int64_t last = plane - std::max<int64_t>(tiles - 1, 0) * tile_pixels;
     channel_of.resize(lanes), last_counts.resize(lanes);
     for (int64_t element = 0; element < lanes; ++element) {
-      const int64_t lane = in_pairs ? element / 2 + element % 2 * half : element;
+      const int64_t lane = lane_of(element, in_pairs);
       channel_of[lane] = element % channels;
       last_counts[lane] = static_cast<double>(last / row_pixels + (element < last % row_pixels * channels));
     }
     full_counts.assign(lanes, static_cast<double>(tile_pixels / row_pixels));
   }
 
+  int64_t lane_of(int64_t element, bool in_pairs) const {
+    return in_pairs ? element / 2 + element % 2 * half : element;
+  }
+
   int64_t tiles_per_sample() const { return strips * tiles; }
   int64_t room() const { return tile_pixels * channels; }  // of a tile, in elements
-  // The same where elements lie by lanes: a short row has gaps.
+  // The same for a buffer ordered by lanes, in which a short last row leaves gaps.
   int64_t room_of_lanes() const { return (tile_pixels / row_pixels + 1) * lanes; }
 
   Tile tile(int64_t i) const {
@@ -70,6 +74,12 @@ class Strips {
   void for_rows(const Tile& tile, const F& f) const {
     for (int64_t r = 0; r < tile.rows; ++r) f(r * lanes, lanes);
     if (tile.left) f(tile.rows * lanes, tile.left);
+  }
+
+  // Calls f(i, channel) for each element of a tile, in memory's order.
+  template <class F>
+  void for_elements(const Tile& tile, const F& f) const {
+    for (int64_t i = 0; i < tile.rows * lanes + tile.left; ++i) f(i, strips == 1 ? i % channels : tile.strip);
   }
 
   int64_t strips, channels, plane, row_pixels, lanes, half, tile_pixels, tiles;
@@ -95,8 +105,8 @@ void parallel_tiles(const Strips& strips, int64_t samples, const F& f) {
   torch::stable::parallel_for(0, samples * strips.tiles_per_sample(), grain, f);
 }
 
-// Values of each channel, `columns` of them, as the tiles of a sample want them: of each lane. (A planar sample's are
-// spread when a tile is begun, or there would be 64 times as many.)
+// `columns` values for each channel of each sample, expanded to the lanes of a tile. (For planar samples, the expansion
+// takes place when a tile begins, since the table would otherwise be 64 times as large.)
 class LaneTable {
  public:
   LaneTable(const Strips& strips, int64_t columns, int64_t channels)
@@ -123,11 +133,35 @@ class LaneTable {
   std::vector<float> values_;
 };
 
-// Room for floats, not set to anything first.
+// The loops over tiles assume that tables of factors and offsets are finite: they limit exponents, which would make
+// SiLU(-inf) 0 where PyTorch has NaN, and a table's factor times a mean can be infinity minus infinity. A sample with
+// an entry that is not finite (a parameter of such a network, or a statistic of such an input) is computed element by
+// element instead, in double and in the order of the reference, from one of these for each channel.
+struct ExactChannel {
+  double mean, rstd, weight, bias, one_and_scale, shift;
+  double mean_grad, mean_product;  // of the channel's group; for the backward pass
+
+  double normalised(double x) const { return (x - mean) * rstd; }
+  double affine(double x_hat) const { return (x_hat * weight + bias) * one_and_scale + shift; }
+};
+using ExactChannels = std::vector<ExactChannel>;  // empty where the tables are finite
+
+inline bool all_finite(const std::vector<float>& values) {
+  int32_t largest = 0;
+  for (const float value : values) largest = std::max(largest, bits_of(value) & INT32_MAX);
+  return largest < 0x7F800000;
+}
+
+inline float value_of(const Bf16* x, int64_t i) { return from_bf16(x[i].bits); }
+inline float value_of(const float* x, int64_t i) { return x[i]; }
+inline void set_value(Bf16* x, int64_t i, float value) { x[i].bits = to_bf16(value); }
+inline void set_value(float* x, int64_t i, float value) { x[i] = value; }
+
+// Uninitialised memory for floats.
 using Scratch = std::unique_ptr<float[]>;
 inline Scratch make_scratch(int64_t size) { return Scratch(new float[size]); }
 
-// A tile's elements as T: bfloat16 where they lie, all else in float32.
+// A tile's elements as T: bfloat16 in place, all other types in float32.
 template <class T>
 const T* load_as(const void* base, Type type, int64_t index, int64_t size, float* buffer) {
   if constexpr (std::is_same_v<T, Bf16>)

@@ -82,8 +82,8 @@ void set_moments(const Strips& strips, const Tile& tile, const T* x, float* mome
   add_deviations(strips, tile, x, center, moments + lanes, moments + 2 * lanes);
 }
 
-// y = silu(z) of z = (x - mean) factor + offset; the table has z's factor and offset in `argument_unit`s. bfloat16's
-// mean is in the offset: it then adds a rounding of mean / std, no more than the mean's own.
+// y = silu(z) of z = (x - mean) factor + offset; the table has z's factor and offset in `argument_unit`s. For bfloat16
+// the mean is part of the offset, which adds one rounding error of mean / std, no more than that of the mean itself.
 enum Column { mean, factor, offset, columns };
 
 #ifdef __AVX512F__
@@ -129,6 +129,15 @@ void normalise(const Strips& strips, const Tile& tile, const T* x, const float* 
 }
 
 template <class T>
+void normalise_exactly(
+    const Strips& strips, const Tile& tile, bool silu, const ExactChannels& channels, const T* x, T* y) {
+  strips.for_elements(tile, [&](int64_t i, int64_t c) {
+    const double z = channels[c].affine(channels[c].normalised(value_of(x, i)));
+    set_value(y, i, static_cast<float>(silu ? z / (1.0 + std::exp(-z)) : z));
+  });
+}
+
+template <class T>
 void run_as(const GroupNormSilu& g) {
   const Strips strips(g.shape, std::is_same_v<T, Bf16>);
   const int64_t channels = g.shape.channels, per_group = channels / g.groups, sample_tiles = strips.tiles_per_sample();
@@ -137,6 +146,7 @@ void run_as(const GroupNormSilu& g) {
   const std::vector<float> bias = to_floats(g.bias, g.parameter_type, 0, channels);
   std::vector<float> moments;  // (samples, strips, tiles, 3, lanes)
   LaneTable table(strips, columns, channels);
+  std::vector<ExactChannels> exact;  // of each sample
   const double unit = argument_unit<T>(g.silu);
 
   const auto set_affine = [&](int64_t first, int64_t n, const std::vector<double>& means,
@@ -151,11 +161,16 @@ void run_as(const GroupNormSilu& g) {
     for (int64_t c = 0; c < channels; ++c) {
       mean_c[c] = std::is_same_v<T, Bf16> ? 0.0f : static_cast<float>(means[c]);
       factor_c[c] = static_cast<float>(unit * rstds[c] * weight[c] * (1.0 + scale[c]));
-      // What the mean lost in rounding is in the offset.
+      // The rounding error of the mean is added to the offset.
       const double lost = means[c] - mean_c[c];
       offset_c[c] = static_cast<float>(unit * (bias[c] * (1.0 + scale[c]) + shift[c]) - lost * factor_c[c]);
     }
     for (int64_t i = 0; i < columns; ++i) table.set(n, i, of_channels[i].data());
+    exact[n].clear();
+    if (all_finite(of_channels[factor]) && all_finite(of_channels[offset])) return;
+    for (int64_t c = 0; c < channels; ++c) {
+      exact[n].push_back({means[c], rstds[c], weight[c], bias[c], 1.0 + scale[c], shift[c], 0.0, 0.0});
+    }
   };
 
   // From the moments of all lanes and tiles of a sample to those of its groups: first of each channel, about a center
@@ -206,6 +221,7 @@ void run_as(const GroupNormSilu& g) {
   for_batches(g.shape, 2 * size_of(g.x_type), [&](int64_t first, int64_t samples) {
     moments.resize(samples * sample_tiles * 3 * lanes);
     table.resize(samples);
+    exact.resize(samples);
     parallel_tiles(strips, samples, [&](int64_t begin, int64_t end) {
       const Scratch buffer = make_scratch(strips.room());
       for (int64_t i = begin; i < end; ++i) {
@@ -229,7 +245,11 @@ void run_as(const GroupNormSilu& g) {
         const float* factors = table.get(tile, factor, scratch.get());
         const float* offsets = table.get(tile, offset, scratch.get());
         const auto function = g.silu ? normalise<true, T> : normalise<false, T>;
-        function(strips, tile, x, means, factors, offsets, y);
+        if (exact[tile.sample].empty()) {
+          function(strips, tile, x, means, factors, offsets, y);
+        } else {
+          normalise_exactly(strips, tile, g.silu, exact[tile.sample], x, y);
+        }
         if (static_cast<void*>(y) == result.get()) store(result.get(), size, g.y, g.x_type, index);
       }
     });

@@ -13,12 +13,14 @@ namespace {
 // grad_x = of_grad g + of_deviation (x - mean) + constant.
 enum Column { mean, factor, offset, of_grad, of_deviation, constant, columns };
 
-// Both passes need g. The second finds it kept by the first where that is still in the cache; from memory it would come
-// later than it is made again.
+// Both passes need g. The first stores it for the second if it fits in the cache; reading it from memory would take
+// longer than computing it again.
 enum class Gradient { no_silu, again, kept };
 
 inline float before_silu(float grad, float deviation, float minus_factor, float minus_offset) {
-  const float z = fused(deviation, minus_factor, minus_offset), e = exponential(z);  // -z
+  const float minus_z = fused(deviation, minus_factor, minus_offset);
+  // 88 stands for all that is more: the slope is 0 there, which the limited exponential alone times z would not be.
+  const float z = 88.0f < minus_z ? 88.0f : minus_z, e = exponential(z);
   const float sigmoid = 1.0f / (1.0f + e);
   return grad * (sigmoid * fused(-z, e * sigmoid, 1.0f));
 }
@@ -168,6 +170,39 @@ void set_grad_x(const Strips& strips, const Tile& tile, const T* grad, const T* 
   });
 }
 
+// The gradient before the silu, of one element.
+inline double exact_before_silu(double grad, double z, bool silu) {
+  if (!silu) return grad;
+  const double sigmoid = 1.0 / (1.0 + std::exp(-z));
+  return grad * sigmoid * (1.0 + z * (1.0 - sigmoid));
+}
+
+template <class T>
+void add_sums_exactly(const Strips& strips, const Tile& tile, bool silu, const ExactChannels& channels, const T* grad,
+    const T* x, float* sums, float* products) {
+  strips.for_elements(tile, [&](int64_t i, int64_t c) {
+    const ExactChannel& channel = channels[c];
+    const double z = channel.affine(channel.normalised(value_of(x, i)));
+    const double g = exact_before_silu(value_of(grad, i), z, silu);
+    const int64_t w = strips.lane_of(i % strips.lanes, std::is_same_v<T, Bf16>);
+    sums[w] += static_cast<float>(g);
+    products[w] += static_cast<float>(g * (value_of(x, i) - channel.mean));
+  });
+}
+
+template <class T>
+void set_grad_x_exactly(const Strips& strips, const Tile& tile, bool silu, const ExactChannels& channels, const T* grad,
+    const T* x, T* grad_x) {
+  strips.for_elements(tile, [&](int64_t i, int64_t c) {
+    const ExactChannel& channel = channels[c];
+    const double x_hat = channel.normalised(value_of(x, i));
+    const double g = exact_before_silu(value_of(grad, i), channel.affine(x_hat), silu);
+    const double gamma = channel.weight * channel.one_and_scale;
+    const double result = channel.rstd * (g * gamma - channel.mean_grad - x_hat * channel.mean_product);
+    set_value(grad_x, i, static_cast<float>(result));
+  });
+}
+
 template <class T>
 void run_as(const GroupNormSiluBackward& b) {
   const Strips strips(b.shape, std::is_same_v<T, Bf16>);
@@ -177,6 +212,7 @@ void run_as(const GroupNormSiluBackward& b) {
   const std::vector<float> bias = to_floats(b.bias, b.parameter_type, 0, channels);
   std::vector<float> partial;  // (samples, strips, tiles, 2, lanes)
   LaneTable table(strips, columns, channels);
+  std::vector<ExactChannels> exact;  // of each sample
   const auto unit = static_cast<float>(argument_unit<T>(b.silu));
 
   const auto set_affine = [&](int64_t first, int64_t n) {
@@ -192,6 +228,12 @@ void run_as(const GroupNormSiluBackward& b) {
     table.set(n, mean, means.data());
     table.set(n, factor, factors.data());
     table.set(n, offset, offsets.data());
+    exact[n].clear();
+    if (all_finite(means) && all_finite(factors) && all_finite(offsets)) return;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double rstd = b.rstd[(first + n) * b.groups + c / per_group];
+      exact[n].push_back({means[c], rstd, weight[c], bias[c], 1.0 + scale[c], shift[c], 0.0, 0.0});
+    }
   };
 
   // From the sums of all lanes and tiles of a sample to its part of the workspace, and to what the second pass needs.
@@ -226,6 +268,7 @@ void run_as(const GroupNormSiluBackward& b) {
       for (int64_t c = begin; c < begin + per_group; ++c) {
         of_deviations[c] = static_cast<float>(-rstd * rstd * mean_product);
         constants[c] = static_cast<float>(-rstd * mean_grad);
+        if (!exact[n].empty()) exact[n][c].mean_grad = mean_grad, exact[n][c].mean_product = mean_product;
       }
     }
     table.set(n, of_grad, of_grads.data());
@@ -236,11 +279,16 @@ void run_as(const GroupNormSiluBackward& b) {
   const int64_t bytes = 3 * size_of(b.x_type) + sizeof(float);
   const bool keep = b.silu && sample_size * bytes <= 2 * cache_size();
   Scratch kept;
+  int64_t kept_size = 0;
   for_batches(b.shape, bytes, [&](int64_t first, int64_t samples) {
     // The first batch is the largest.
-    if (keep && !kept) kept = make_scratch(samples * sample_tiles * strips.room_of_lanes());
+    if (keep && !kept) {
+      kept_size = samples * sample_tiles * strips.room_of_lanes();
+      kept = make_scratch(kept_size);
+    }
     partial.resize(samples * sample_tiles * 2 * lanes);
     table.resize(samples);
+    exact.resize(samples);
     for (int64_t n = 0; n < samples; ++n) set_affine(first, n);
 
     // What both passes have in common; f gets a tile's gradient and x, its lanes and its number.
@@ -259,14 +307,23 @@ void run_as(const GroupNormSiluBackward& b) {
         }
       });
     };
-    const auto kept_of = [&](int64_t i) { return keep ? kept.get() + i * strips.room_of_lanes() : nullptr; };
+    const auto kept_of = [&](int64_t i) -> float* {
+      if (!keep) return nullptr;
+      STD_TORCH_CHECK((i + 1) * strips.room_of_lanes() <= kept_size, "group_norm_silu_backward: no room for tile ", i);
+      return kept.get() + i * strips.room_of_lanes();
+    };
     const auto sum = keep ? add_sums<Gradient::kept, T>
         : b.silu          ? add_sums<Gradient::again, T>
                           : add_sums<Gradient::no_silu, T>;
     for_tiles(of_grad, [&](const Tile& tile, int64_t i, int64_t, const T* grad, const T* x, const float* const* lane) {
       float* out = &partial[i * 2 * lanes];
       std::fill_n(out, 2 * lanes, 0.0f);
-      sum(strips, tile, grad, x, lane, kept_of(i), out, out + lanes);
+      const ExactChannels& of_sample = exact[tile.sample];
+      if (of_sample.empty()) {
+        sum(strips, tile, grad, x, lane, kept_of(i), out, out + lanes);
+      } else {
+        add_sums_exactly(strips, tile, b.silu, of_sample, grad, x, out, out + lanes);
+      }
     });
     torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) combine(first, n);
@@ -276,10 +333,15 @@ void run_as(const GroupNormSiluBackward& b) {
                           : set_grad_x<Gradient::no_silu, T>;
     for_tiles(
         columns, [&](const Tile& tile, int64_t i, int64_t index, const T* grad, const T* x, const float* const* lane) {
-          // In half precision, the result may take the place of what it was made from.
+          // In half precision, the result overwrites the converted x that it was computed from.
           float* buffer = const_cast<float*>(reinterpret_cast<const float*>(x));
           T* out = place_as<T>(b.grad_x, b.x_type, index, buffer);
-          set(strips, tile, grad, x, lane, kept_of(i), out);
+          const ExactChannels& of_sample = exact[tile.sample];
+          if (of_sample.empty()) {
+            set(strips, tile, grad, x, lane, kept_of(i), out);
+          } else {
+            set_grad_x_exactly(strips, tile, b.silu, of_sample, grad, x, out);
+          }
           if (static_cast<void*>(out) == buffer) {
             store(buffer, tile.rows * lanes + tile.left, b.grad_x, b.x_type, index);
           }

@@ -1,4 +1,4 @@
-// The kernels, one file each.
+// The kernels; each has a file of its own.
 #pragma once
 
 #include "common/arguments.h"

@@ -1,7 +1,7 @@
-// Loops over a row of elements of a type, a lane apiece, whose bodies see float32.
+// Loops over the elements of a row, each in a lane of its own, with float32 values in their bodies.
 //
-// bfloat16 comes two to a 32-bit word, and it takes one instruction to make either of them float32: so a row's even
-// elements are the first lanes, and its odd ones those from `half` on.
+// A 32-bit word holds two bfloat16 numbers, and one instruction converts either of them to float32. Therefore the even
+// elements of a row are its first lanes, and the odd ones are the lanes from `half` on.
 #pragma once
 
 #include <cstdint>

@@ -13,12 +13,13 @@ struct Row {
   float u, w, A, B, C, sigma;
 };
 
-// x_next may be x.
+// x_next may be x. A bound that is NaN makes all NaN, as in torch.maximum; comparisons alone would ignore it.
 void set_means(const Row& row, float low, float high, const float* x, const float* pred, int64_t size, float* x_start,
     float* x_next) {
+  const float u = low == low && high == high ? row.u : low + high;
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
-    x_start[i] = clip(row.u * x[i] + row.w * pred[i], low, high);
+    x_start[i] = clip(u * x[i] + row.w * pred[i], low, high);
     x_next[i] = row.A * x[i] + row.B * x_start[i];
   }
 }
@@ -33,7 +34,7 @@ void add_learned(float lower, float upper, const float* __restrict__ variance, c
   for (int64_t i = 0; i < size; ++i) {
     const float fraction = (variance[i] + 1.0f) * 0.5f;
     const float log_sigma = 0.5f * (lower + fraction * (upper - lower));
-    x_next[i] = x_next[i] + (log_sigma != log_sigma ? log_sigma : exponential(log_sigma)) * noise[i];
+    x_next[i] = x_next[i] + exponential_or_infinite(log_sigma) * noise[i];
   }
 }
 
@@ -68,6 +69,8 @@ void run(const ReverseStep& r) {
       if (row.sigma > 0) {
         const float* variance = load(r.variance, r.pred_type, index, size, pred_buffer);
         add_learned(columns[6], columns[7], variance, noise, size, x_next);
+      } else {
+        add(0.0f, noise, size, x_next);  // NaN where the noise is not finite
       }
     } else if (noise) {
       add(row.sigma, noise, size, x_next);

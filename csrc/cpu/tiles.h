@@ -1,6 +1,7 @@
-// Samples cut into tiles, which threads share: a batch of one large image keeps them all busy.
+// Samples are cut into tiles, and tiles are distributed over threads, so that even one large image occupies all
+// threads.
 //
-// Where a tile begins and ends follows from the sample's shape alone, and so does the order of sums.
+// Where tiles begin and end depends on the sample's shape alone, and so does the order of sums.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,11 +16,12 @@
 
 namespace ddpm_fast::cpu {
 
-constexpr int64_t tile_size = 2048;    // elements: a few arrays of them lie in the first cache
-constexpr int64_t fetch_size = 256;    // elements between two rounds of requests to memory
-constexpr int64_t grain_size = 16384;  // elements a thread is worth waking for
+constexpr int64_t tile_size = 2048;    // elements; a few arrays of this size fit in the first-level cache
+constexpr int64_t fetch_size = 256;    // elements between two rounds of prefetching
+constexpr int64_t grain_size = 16384;  // least number of elements for a thread
 
-// The sum of the floats, which has room for a multiple of 16; in 16 lanes, whatever vectors there are.
+// The sum of an array whose memory is padded to a multiple of 16 elements. It has 16 partial sums whatever the vector
+// width, so that all instruction sets add in the same order.
 inline double sum(float* __restrict__ values, int64_t size) {
   typedef float Lanes __attribute__((vector_size(64)));
   std::fill(values + size, values + round_up(size, 16), 0.0f);
@@ -49,8 +51,8 @@ inline void transpose(const float* __restrict__ in, int64_t channels, int64_t pi
   }
 }
 
-// What a body will read. While a tile's noise is made, which takes arithmetic alone, it is fetched from memory. (Where
-// the compiler does not inline it, it finds that `fetch` changes nothing, and drops it.)
+// A tensor that a loop body will read. It is prefetched while the tile's noise is computed, which needs no memory. (If
+// `fetch` is not inlined, the compiler removes it as a function without effects.)
 struct Source {
   const void* data;
   Type type;

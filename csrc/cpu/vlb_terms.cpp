@@ -14,7 +14,7 @@ struct Row {
 
 // e^d - 1 - d. Near 0, where variances nearly agree, the difference is a series' rest.
 inline float expm1_rest(float d) {
-  const float near = d * d * exponential_series(d), far = exponential(d) - 1.0f - d;
+  const float near = d * d * exponential_series(d), far = exponential_or_infinite(d) - 1.0f - d;
   return fabsf(d) < 0.34f ? near : far;
 }
 
@@ -25,7 +25,7 @@ void set_divergences(const Row& row, float low, float high, const float* __restr
   for (int64_t i = 0; i < size; ++i) {
     const float x_hat = clip(row.u * x_t[i] + row.w * pred[i], low, high);
     const float error = row.c0 * (x_start[i] - x_hat);
-    out[i] = 0.5f * (expm1_rest(row.log_q - log_p[i]) + error * error * exponential(-log_p[i]));
+    out[i] = 0.5f * (expm1_rest(row.log_q - log_p[i]) + error * error * exponential_or_infinite(-log_p[i]));
   }
 }
 

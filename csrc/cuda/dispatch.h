@@ -1,4 +1,4 @@
-// From what is known at run time to template arguments and grids: the only place where launchers do it.
+// Maps run-time types and sizes to template arguments and grids, for all launchers.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// What the forward and the backward pass of group_norm_silu share.
+// Shared by the forward and the backward pass of group_norm_silu.
 //
 // A sample is cut in slices whose size depends on its shape alone, so that sums over a sample are in one order whatever
 // the batch. In channels-last tensors a slice is some pixels with all channels, and a thread keeps its channels; in
@@ -13,7 +13,7 @@
 namespace ddpm_fast {
 
 constexpr int kNormThreads = 256;
-constexpr int kNormBlocks = 2;  // that a multiprocessor must hold; said, or ptxas spills for the sake of more
+constexpr int kNormBlocks = 2;  // blocks a multiprocessor must hold; without this bound ptxas aims for more and spills
 constexpr int64_t kSliceElements = 16384;
 
 // A sum over some pixels or elements, `per_slice` of them in each slice.
@@ -48,7 +48,7 @@ cudaError_t with_norm_layout(Type type, const Shape& shape, std::initializer_lis
   });
 }
 
-// The place of a thread among rows of `columns` vectors; a thread whose row is not less than `rows` has none.
+// The place of a thread among rows of `columns` vectors; a thread whose row is not less than `rows` has no place.
 struct Seat {
   int columns, rows, column, row;
 };
@@ -131,8 +131,8 @@ __device__ __forceinline__ Map map_of(
   return {g.mean[group], rstd * a.factor, a.term};
 }
 
-// What a block of the last launch, which writes a tensor like x, works on: all channels of some pixels; or (planar)
-// some channels, with their planes or, if those are large, a piece of them.
+// The part of a sample that a block of the last launch writes: all channels of some pixels, or (planar) some channels
+// with their planes, or with a piece of them if planes are large.
 struct Part {
   int64_t first_channel, channels, begin, end;  // begin and end within the plane
 };

@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < Tile::kSize; ++j) x[j] = q_sample(a, s, x[j], noise[j]);
     tile.template store<Out>(q.out, x);
   });
-  // Like ATen's own indexing, it stops rather than clamp: an image of the wrong t looks like a right one. At the end,
-  // where nothing is live that the call would have to save.
+  // As in ATen's indexing, an index that is out of range stops the kernel: if it were clamped, the result would look
+  // right. The assertion is at the end, where no registers are live that its call would have to save.
   CUDA_KERNEL_ASSERT(known && "q_sample: t is outside [0, T)");
 }
 

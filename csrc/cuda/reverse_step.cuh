@@ -1,4 +1,4 @@
-// One step of any sampler: reads x and pred (and what else is given) once, writes x_next (and what else is asked for).
+// One step of any sampler: reads x, pred and the optional inputs once, writes x_next and the optional outputs once.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -8,7 +8,7 @@
 
 namespace ddpm_fast {
 
-// Which tensors are there is asked at run time: a branch that all threads take alike, once a tile.
+// Optional tensors are tested for at run time: the branch is uniform, and taken once for each tile.
 template <typename X, typename Pred, class Tile>
 __device__ __forceinline__ void step_tiles(const ReverseStep& r, int64_t tiles, int64_t tiles_per_block) {
   constexpr int kSize = Tile::kSize;

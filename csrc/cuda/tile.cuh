@@ -1,9 +1,8 @@
-// What one thread works on: a few elements of one sample that follow one another in the order in which noise is
-// counted.
+// A tile is what one thread works on: a few elements of one sample, consecutive in the order in which noise is counted.
 //
-// Values are float32 in registers, in that order; where they lie in memory is the tile's affair: it loads and stores
-// them, or exchanges them for others, `to` being null or even `from`. All loops over a tile unroll, so that the arrays
-// are registers.
+// Values are float32 in registers, in that order. A tile's `load` and `store` map them to memory; `exchange` loads
+// values and stores others in their place, where `to` may be null or equal to `from`. All loops over a tile are
+// unrolled, so that the arrays are registers.
 #pragma once
 
 #include "common/steps.h"
@@ -49,7 +48,7 @@ __device__ __forceinline__ float16 from_float<float16>(float x) {
   return __float2half_rn(x);
 }
 
-// As clip, in two instructions: it keeps NaN.
+// Like clip, in two instructions. It returns NaN if x or a bound is NaN.
 __device__ __forceinline__ float device_clip(float x, float low, float high) {
 #if __CUDA_ARCH__ >= 800
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
@@ -155,7 +154,7 @@ struct ScalarTile {
       if (has(j)) static_cast<T*>(data)[offsets[j]] = from_float<T>(values[j]);
   }
 
-  // One by one, as registers are short here.
+  // One element at a time, since registers are scarce here.
   template <typename T>
   __device__ void exchange(const void* from, void* to, float (&values)[kSize]) const {
 #pragma unroll

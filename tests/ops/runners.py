@@ -1,6 +1,5 @@
 """Who runs an op in a test: a backend on its device, or in a simulator where that device is absent."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,13 +49,12 @@ def simulated_triton(cc: int) -> Callable[[str], Callable]:
 
 
 def simulated_cuda(arch: int) -> Callable[[str], Callable]:
-    @functools.cache
-    def simulation() -> Any:  # compiled when the first test needs it
-        from simulated_cuda import Simulation
+    def function(op: str) -> Callable:
+        from simulated_cuda import simulation
 
-        return Simulation(arch)
+        return getattr(simulation(arch), op)
 
-    return lambda op: getattr(simulation(), op)
+    return function
 
 
 def runners() -> list[Any]:

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import torch
 from ptxsim import Module, cuda_host, toolchain
 from torch import Tensor
@@ -21,7 +23,6 @@ from torch import Tensor
 from ddpm_fast.ops.reference import memory_format
 
 ROOT = Path(__file__).parents[2]
-ARCHITECTURES = (80, 90, 100)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # enum class Type
 
 
@@ -61,9 +62,12 @@ def library() -> Library:
     sources = [*(ROOT / "csrc/common").iterdir(), *(ROOT / "csrc/cuda").iterdir(), ROOT / "tests/cuda_kernels/entry.cu"]
     for path in (*sorted(sources), Path(__file__)):
         digest.update(path.name.encode() + path.read_bytes())
+    digest.update(repr(architectures.chosen).encode())
     folder = Path(tempfile.gettempdir()) / f"ddpm_fast-tests-{os.getuid()}" / digest.hexdigest()[:16]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Library(ROOT / "csrc", folder, ARCHITECTURES)
+    with (folder / "lock").open("w") as lock:  # of pytest's parallel processes, one compiles and the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Library(ROOT / "csrc", folder, architectures.chosen)
 
 
 @functools.cache
@@ -164,6 +168,7 @@ class Simulation:
         keys: Tensor | None,
         t: Tensor,
         rows: Tensor,
+        upstream: Tensor | None,
         loss_type: int,
         scale: float,
         with_grad: bool,
@@ -181,6 +186,7 @@ class Simulation:
             keys=keys,
             t=t,
             rows=rows,
+            upstream=upstream,
             loss=loss,
             grad=grad,
             shape=shape_of(pred),
@@ -338,3 +344,9 @@ class Simulation:
         nothing = x.new_empty(0)
         grads = (nothing if g is None else g for g in (grad_scale, grad_shift))
         return grad_x, grad_weight, grad_bias, *grads
+
+
+@functools.cache
+def simulation(arch: int) -> Simulation:
+    """The project's kernels for one architecture: compiled once, and parsed once a process, which takes seconds."""
+    return Simulation(arch)

@@ -1,4 +1,4 @@
-"""x_next = A x + B clip(u x + w pred) + C x_start_prev + sigma noise: reads what is given, writes what is asked for."""
+"""x_next = A x + B clip(u x + w pred) + C x_start_prev + sigma noise: reads each input and writes each output once."""
 
 __all__ = ["reverse_step"]
 

@@ -108,7 +108,7 @@ def locate(
 
 @triton.jit
 def table_row(rows, index, count, COLUMNS: tl.constexpr):
-    """The address of a row, and whether there is one: what is loaded without is NaN, and so all that comes of it."""
+    """The address of a row, and whether the index is valid; where it is not, kernels load NaN instead."""
     return rows + COLUMNS * index, (index >= 0) & (index < count)
 
 
@@ -120,8 +120,10 @@ def load_key(keys, row, valid):
 
 @triton.jit
 def load_tile(x, start, extent, element, mask, LANES: tl.constexpr):
-    """A tensor (BLOCK,) for each lane, in float32, bytes mapped from [0, 255] to [-1, 1]. Call it before noise is made,
-    which takes the time that memory needs."""
+    """A tensor (BLOCK,) for each lane, in float32, bytes mapped from [0, 255] to [-1, 1].
+
+    Call it before the noise is computed, so that the computation overlaps with the loads.
+    """
     values = ()
     for lane in tl.static_range(LANES):
         value = tl.load(x + (start + lane * extent) + element, mask=mask)

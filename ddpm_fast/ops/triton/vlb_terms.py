@@ -125,7 +125,7 @@ def expm1_minus(d):
 @triton.jit
 def erfc(x):
     """To 2e-6 of its value, where that is above 1e-12: exp(-x^2) times a polynomial (minimax on [0, 6], 1.3e-8)."""
-    z = tl.abs(x)
+    z = tl.minimum(tl.abs(x), 12.0, propagate_nan=tl.PropagateNan.ALL)  # beyond, it is 0 in float32
     q = (z - 2) / (z + 2)
     p = tl.fma(q, 7.942042429931462e-05, 1.1267215995758306e-05)
     p = tl.fma(p, q, -0.0009328536689281464)
@@ -152,4 +152,4 @@ def log_bin(x, mean, log_sigma):
     first, last = x < -0.999, x > 0.999
     left, right = tl.where(flip, last, first), tl.where(flip, first, last)
     mass = 0.5 * (tl.where(left, 2.0, erfc(from_)) - tl.where(right, 0.0, erfc(to)))
-    return natural_log(tl.maximum(mass, 1e-12, propagate_nan=tl.PropagateNan.ALL))
+    return tl.where(mass == mass, natural_log(tl.maximum(mass, 1e-12)), mass)  # NaN stays NaN
