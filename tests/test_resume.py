@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from training_runs import TINY, assert_same_weights, finished, losses, small, weights, without_curve  # noqa: F401  (fixtures)
 
+from ddpm_fast.app import cli
 from ddpm_fast.diffusion import GaussianDiffusion
-from ddpm_fast.training import checkpoint, trainer
+from ddpm_fast.training import checkpoint, data, trainer
 from ddpm_fast.training.config import check
 from ddpm_fast.training.run import RunError
 from ddpm_fast.training.signals import Stopped
@@ -90,6 +91,31 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
         trainer.train(small(), tmp_path / "run")
     assert not isinstance(raised.value, Stopped)
     assert not checkpoint.steps(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_command_ends_with_the_status_that_a_shell_gives_a_signal(tmp_path, monkeypatch, capsys, number):
+    (tmp_path / "mine.json").write_text(json.dumps(small().model_dump(mode="json")))
+    raise_in_step(monkeypatch, 1, number)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["train", str(tmp_path / "mine.json"), "--out", str(tmp_path / "run")])
+    assert raised.value.code == 128 + number
+    assert "ddpm-fast train: stopped after step 1; go on with --resume" in capsys.readouterr().err
+
+
+class SignalsIgnored(data.ImageFiles):
+    """Instead of images: whether the process that should read them ignores each of the signals."""
+
+    def __getitem__(self, indices):
+        return torch.tensor([signal.getsignal(number) == signal.SIG_IGN for number in SIGNALS])
+
+
+def test_the_processes_that_read_images_leave_signals_to_the_training(monkeypatch):
+    monkeypatch.setattr(data, "cores", lambda: 1)
+    order = data.ShuffledBatches(1, 1, seed=0, first_step=0, last_step=1)
+    (ignored,) = data.batches(SignalsIgnored([Path("none.png")], 8), order)
+    assert ignored.all()
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path, monkeypatch):

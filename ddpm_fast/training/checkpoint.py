@@ -12,7 +12,17 @@ deleted, all but the last two. A folder belongs to the run only if it has exactl
 state.json says the same step: copies under other names, archives and links are neither loaded nor deleted.
 """
 
-__all__ = ["CheckpointError", "advice", "latest", "load_optimizer", "load_state", "load_weights", "save", "steps"]
+__all__ = [
+    "CheckpointError",
+    "advice",
+    "check_room",
+    "latest",
+    "load_optimizer",
+    "load_state",
+    "load_weights",
+    "save",
+    "steps",
+]
 
 import hashlib
 import json
