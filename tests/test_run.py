@@ -203,7 +203,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path, mon
         with pytest.raises(RuntimeError):
             trainer.train(small(), tmp_path / "run")
     assert (tmp_path / "run" / "config.json").exists()
-    assert trainer.train(small(training__steps=1, seed=3), tmp_path / "run").config.seed == 3
+    preview = tmp_path / "run" / "previews" / "step-00000001.png"
+    preview.parent.mkdir()
+    preview.write_text("of the run that ended")
+    config = small(training__steps=2, training__sample_every=1, seed=3)
+    assert trainer.train(config, tmp_path / "run").config.seed == 3
+    with Image.open(preview) as picture:
+        assert picture.format == "PNG"
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.json.tmp", "checkpoints", "previews", "loss.png", ".lock"])

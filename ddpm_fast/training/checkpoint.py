@@ -172,8 +172,7 @@ def save(
     except (OSError, SafetensorError, RuntimeError) as error:
         _delete(temporary)
         kept = f"; the newest checkpoint is {steps(run)[-1].name}" if steps(run) else ""
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{target}: cannot be saved ({reason}){kept}") from None
+        raise CheckpointError(f"{target}: cannot be saved ({_first_line(error)}){kept}") from None
     except BaseException:
         _delete(temporary)
         raise
@@ -335,7 +334,12 @@ def _check_digest(path: Path) -> None:
 
 
 def _damaged(path: Path, reason: object) -> CheckpointError:
-    return CheckpointError(f"{path}: truncated, missing or damaged ({str(reason).splitlines()[0]}){_older(path)}")
+    return CheckpointError(f"{path}: truncated, missing or damaged ({_first_line(reason)}){_older(path)}")
+
+
+def _first_line(reason: object) -> str:
+    """Of what may be hundreds of lines in PyTorch's errors."""
+    return (str(reason) or type(reason).__name__).splitlines()[0]
 
 
 def _older(path: Path) -> str:

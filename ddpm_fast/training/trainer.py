@@ -118,12 +118,13 @@ class Trainer:
         self._started = time.perf_counter()
         bar = tqdm(desc="training", total=c.steps, initial=first, unit="step")
         with deferred_signals() as stopped, bar, closing(batches(self.data, order)) as images:
-            if 0 < first < c.steps:
-                self.preview_if_due(stopped)  # the run may have ended between saving this step and its preview
+            if 0 < first < c.steps and not self._preview_path().exists():
+                self.preview_if_due(stopped)  # the run ended between saving this step and its preview
             while p.step < c.steps:
                 self.step(self._next(images))
                 signal = stopped()
-                bar.disable = signal is not None  # since the terminal may be closed
+                if signal is not None:
+                    bar.disable = True  # the terminal may be closed
                 saving = signal is not None or p.step == c.steps or p.step % c.save_every == 0
                 if saving or p.step % self._window == 0:
                     bar.set_postfix(loss=f"{self.read_losses():.4f}", refresh=False)
@@ -241,9 +242,8 @@ class Trainer:
 
     def preview_if_due(self, stopped: Callable[[], int | None]) -> None:
         """Writes previews/step-*.png every `sample_every` steps. If that fails, the training goes on."""
-        step = self.progress.step
-        path = self.folder / "previews" / f"step-{step:08d}.png"
-        if step % self.config.training.sample_every or path.exists():
+        step, path = self.progress.step, self._preview_path()
+        if step % self.config.training.sample_every:
             return
 
         def give_up(_: int) -> None:
@@ -262,6 +262,9 @@ class Trainer:
         except (OSError, RunError) as error:
             tqdm.write(f"no preview of step {step}: {error}")
         self._started += time.perf_counter() - began
+
+    def _preview_path(self) -> Path:
+        return self.folder / "previews" / f"step-{self.progress.step:08d}.png"
 
     def _next(self, images: Iterator[Tensor]) -> Tensor:
         """The next batch. If it cannot be read, the steps taken so far are saved before the error is raised."""
