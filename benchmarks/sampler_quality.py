@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import ddpm_fast
 from ddpm_fast.training.data import read_idx
 from ddpm_fast.training.pictures import to_uint8
-from ddpm_fast.training.trainer import load_run, sample_in_batches
+from ddpm_fast.training.run import load_run, sample_batches
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -132,8 +132,8 @@ def main() -> None:
     results: dict[str, dict[int, float]] = {label: {} for label in RUNS}
     for label, (sampler, eta, all_steps) in RUNS.items():
         for steps in all_steps:
-            drawn = sample_in_batches(run, options.n, sampler=sampler, eta=eta, steps=steps, seed=0)
-            samples = to_uint8(torch.cat(list(drawn)))
+            drawn = sample_batches(run, options.n, sampler=sampler, eta=eta, steps=steps, seed=0)
+            samples = to_uint8(torch.cat([images for _, images in drawn]))
             results[label][steps] = distance(moments(classifier, samples), reference)
             print(f"{label:<14} {steps:>5} steps: {results[label][steps]:.4f}", flush=True)
     plot(results, yardsticks, options.n, options.plot)

@@ -1,5 +1,6 @@
-"""Sampling over several processes, on the CPU."""
+"""Several processes: sampling is shared, training is refused. On the CPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from ddpm_fast.app.generate import write_samples
 from ddpm_fast.training import checkpoint, trainer
 from ddpm_fast.training.config import build_diffusion, check
 from ddpm_fast.training.pictures import save_images
+from ddpm_fast.training.run import load_run, pick_device
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",  # as in this process
@@ -24,7 +26,7 @@ ENVIRONMENT = os.environ | {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a run in batches of 4, with a network that was not trained but whose output is not 0."""
+    """A run in batches of 4, whose network has not been trained, but has an output other than 0."""
     folder, config = tmp_path_factory.mktemp("runs") / "run", check(changed(diffusion__timesteps=25))
     torch.manual_seed(0)
     diffusion = build_diffusion(config)
@@ -56,7 +58,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_write_the_files_of_one_and_show_one_bar(folder, tmp_path):
-    write_samples(trainer.load_run(folder), tmp_path / "one", n=11, seed=3)
+    write_samples(load_run(folder), tmp_path / "one", n=11, seed=3)
     result = launch(2, "-m", "ddpm_fast", "sample", folder, "-n", 11, "--seed", 3, "--out", "two", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(files(tmp_path / "one")) == [f"{i:06d}.png" for i in range(11)]
@@ -71,7 +73,7 @@ import sys
 from pathlib import Path
 from ddpm_fast.training.pictures import save_images
 from ddpm_fast.app.generate import write_samples
-from ddpm_fast.training.trainer import load_run
+from ddpm_fast.training.run import load_run
 
 run, out = load_run(Path(sys.argv[1])), Path(sys.argv[2])
 write_samples(run, out / "many", n=14, sampler="ddpm")
@@ -83,7 +85,7 @@ write_samples(run, out / "two", n=2)
 
 
 def test_three_processes_give_the_images_and_the_grid_of_one_and_may_be_more_than_the_images(folder, tmp_path):
-    run = trainer.load_run(folder)
+    run = load_run(folder)
     one, three = tmp_path / "one", tmp_path / "three"
     write_samples(run, one / "many", n=14, sampler="ddpm")
     write_samples(run, one / "grid.png", n=14, steps=5)
@@ -96,6 +98,14 @@ def test_three_processes_give_the_images_and_the_grid_of_one_and_may_be_more_tha
     assert files(three / "many") == files(one / "many")
     assert (three / "grid.png").read_bytes() == (one / "grid.png").read_bytes()
     assert files(three / "two") == files(one / "two")
+
+
+def test_training_in_two_processes_is_refused_by_both(folder, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps(changed()))
+    result = launch(2, "-m", "ddpm_fast", "train", "mine.json", "--out", "run", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "ddpm-fast train: training runs in one process, but a launcher has started 2" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_ends_all_processes_with_a_message(folder, tmp_path):
@@ -112,7 +122,7 @@ import sys
 from pathlib import Path
 import torch.distributed as dist
 from ddpm_fast.app import generate
-from ddpm_fast.training.trainer import RunError, load_run
+from ddpm_fast.training.run import RunError, load_run
 
 def full(images, folder, first):
     raise OSError("the disk is full")
@@ -162,4 +172,4 @@ def test_each_process_takes_an_accelerator_of_its_own(monkeypatch, local_rank, i
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: chosen[-1])
-    assert trainer.pick_device() == torch.device("cuda", index)
+    assert pick_device() == torch.device("cuda", index)

@@ -5,6 +5,7 @@ __all__ = ["main"]
 import argparse
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"ddpm-fast {options.name}: {error}")
     except KeyboardInterrupt as interrupt:
         print(f"\nddpm-fast {options.name}: {str(interrupt) or 'stopped'}", file=sys.stderr)
-        sys.exit(130)  # as a shell tells a program that Ctrl-C ended
+        sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))  # as shells report a program that a signal ended
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -46,11 +47,13 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     from ..training import config, trainer
+    from ..training.run import pictures_are_due, write_pictures
 
     chosen = config.load(options.config)
     folder = options.out or Path("runs", Path(options.config).stem)
     run = trainer.train(chosen, folder, resume=options.resume)
-    trainer.write_pictures(run, seed=chosen.seed)
+    if pictures_are_due(run):
+        write_pictures(run, seed=chosen.seed)
     print(f"\nloss {run.metrics['loss']:.4f}, {run.metrics['images_per_second']:.1f} images/s; see {folder}")
 
 

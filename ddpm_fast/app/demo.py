@@ -1,4 +1,4 @@
-"""The main job in three minutes: train on scanned digits, sample, and let a classifier judge."""
+"""The demo: train on scanned digits, sample, and have a classifier judge the samples, in three minutes."""
 
 __all__ = ["recognised_share", "run"]
 
@@ -10,21 +10,22 @@ from torch import Tensor
 
 from ..training.config import load
 from ..training.pictures import to_uint8
-from ..training.trainer import Run, train, write_pictures
+from ..training.run import Run, write_pictures
+from ..training.trainer import train
 
 JUDGED = 256  # samples
 CONFIDENT = 0.8  # the probability above which a sample counts as a digit
 
 
 def run(folder: Path) -> Run:
-    """Trains on the digits and samples into `folder`.
+    """Trains on the digits and writes the run, with pictures of samples, into `folder`.
 
     Returns:
-        The run; its metrics also have `recognised_share`, of 256 samples, and `recognised_digits`, how many of
-        each digit from 0 to 9.
+        The run. Its metrics also hold `recognised_share`, of 256 samples, and `recognised_digits`, the number of
+        samples recognised as each digit from 0 to 9.
     """
-    # 8 x 8 images are too small to share: a second thread gained a third (17 steps/s against 11.5) where both
-    # cores were free, and cost nine tenths (1.7) where other work held one of them.
+    # 8 x 8 images are too small for several threads: a second one raised the speed from 11.5 to 17 steps/s if both
+    # cores were idle, and lowered it to 1.7 if one of them was busy.
     torch.set_num_threads(1)
     trained = train(load("digits"), folder)
     samples = write_pictures(trained, n=JUDGED)
@@ -35,17 +36,17 @@ def run(folder: Path) -> Run:
 
 
 def recognised_share(images: Tensor) -> tuple[float, list[int]]:
-    """How many images a classifier, fitted on the real digits, gives a probability over 0.8.
+    """The share of images that a classifier, fitted on the real digits, recognises with a probability over 0.8.
 
-    The classifier is one support vector machine a digit, each with the probability of "this digit" against all
-    else. Nothing makes the ten add up to 1, so that what resembles no digit is not forced to be one: of pure
-    noise it recognises nothing.
+    The classifier consists of one support vector machine per digit, which gives the probability of this digit against
+    everything else. The ten probabilities need not add up to 1, so an image that resembles no digit is not assigned to
+    one: of pure noise, nothing is recognised.
 
     Args:
         images: (N, 1, 8, 8), in [0, 1].
 
     Returns:
-        The share of them, in [0, 1], and among these the count of each digit from 0 to 9.
+        The share, in [0, 1], and how many of the recognised images show each digit from 0 to 9.
     """
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""The processes that a launcher started, where they share one piece of work."""
+"""The processes that a launcher has started, and the work that they share."""
 
 __all__ = ["Processes", "joined"]
 
@@ -11,19 +11,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..training.trainer import RunError
+from ..training.run import RunError
 
-PATIENCE = timedelta(days=30)  # for a slower process; one that ended is noticed by its closed connection
+PATIENCE = timedelta(days=30)  # for slower processes; a process that has ended is noticed by its closed connection
 POLL = 0.05  # seconds
 ENDED = "another process has ended before its work was done"
 
 
 class Processes:
-    """What the processes know of one another. One process alone waits for nobody.
+    """A group of processes that report their progress and meet at the end. A single process never waits.
 
     Attributes:
-        rank: of this process, from 0.
-        count: how many there are.
+        rank: the index of this process.
+        count: the number of processes.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -31,10 +31,10 @@ class Processes:
         self.rank, self.count = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def add(self, amount: int) -> int:
-        """Adds to what this process has done. Returns what all have, without waiting for them.
+        """Adds an amount to the common progress and returns the sum over all processes, without waiting for them.
 
         Raises:
-            RunError: the process that keeps the sum has ended.
+            RunError: the process that stores the sum has ended.
         """
         if self._group is None:
             self._done += amount
@@ -45,16 +45,19 @@ class Processes:
             raise RunError(ENDED) from error
 
     def wait(self, meanwhile: Callable[[], object]) -> None:
-        """Until all processes are here; the first calls `meanwhile`, many times a second and when all have come.
+        """Waits until all processes have called this method.
+
+        Args:
+            meanwhile: called by the first process, many times a second and once all have arrived.
 
         Raises:
-            RunError: one of them has ended.
+            RunError: one of the processes has ended.
         """
         if self._group is None:
             return
         work = dist.barrier(self._group, async_op=True)
-        while not work.is_completed():  # not work.wait(), in which Ctrl-C would go unheard
-            if self.rank == 0:  # which may keep the sum, and may have left when the others know that all are here
+        while not work.is_completed():  # not work.wait(), which Ctrl-C does not interrupt
+            if self.rank == 0:  # the others may still be waiting when this process, which may store the sum, has left
                 meanwhile()
             time.sleep(POLL)
         try:
@@ -65,7 +68,10 @@ class Processes:
             meanwhile()
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """The items of all processes, in the first of them; in the others nothing. Call it after `wait`."""
+        """Returns the items of all processes in the first process, and an empty list in the others.
+
+        Call it after `wait`.
+        """
         if self._group is None:
             return mine
         lists = [None] * self.count if self.rank == 0 else None
@@ -75,17 +81,18 @@ class Processes:
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes of torch.distributed, or else of the launcher's environment (RANK, WORLD_SIZE, ...), if any.
+    """The processes of torch.distributed if it is initialized, or else of the launcher (RANK, WORLD_SIZE, ...).
 
-    All must enter. One that leaves by an error closes its connections, so that the others do not wait for it.
+    Every process must enter the context. A process that leaves it with an error closes its connections, so that the
+    others do not wait for it.
     """
     initialized = dist.is_available() and dist.is_initialized()
     if not initialized and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Processes()
         return
     if not initialized:
-        dist.init_process_group("gloo")  # which stays for the next call
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)  # on the CPU, whatever the backend of the program is
+        dist.init_process_group("gloo")  # and keep it for the next call
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)  # on the CPU, whatever backend the program uses
     try:
         yield Processes(group)
     finally:

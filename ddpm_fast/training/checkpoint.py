@@ -1,63 +1,81 @@
-"""Checkpoints: folders that are whole or not there.
+"""Checkpoints: folders that are complete or absent.
 
     RUN/checkpoints/step-00005000/
-        model.safetensors  ema.safetensors  optimizer.pt  state.json
+        model.safetensors  ema.safetensors  optimizer.pt  state.json  SHA256SUMS
 
-Weights are safetensors, the optimizer's tensors load with weights_only=True, the rest is JSON: loading a file
-cannot run code. A checkpoint is written under a temporary name, flushed to the disk and renamed; the one before
-it is kept, so that an interrupted or damaged save costs one interval.
+Weights are safetensors, the optimizer's moments are tensors that load with weights_only=True, the rest is JSON:
+loading a file cannot run code. `sha256sum --check SHA256SUMS` verifies a checkpoint, and so does every load;
+checkpoints of versions that wrote no checksums still load.
+
+A checkpoint is written under a temporary name, flushed to the disk, read back and renamed. Only then are older ones
+deleted, all but the last two. A folder belongs to the run only if it has exactly the name of a checkpoint and its
+state.json says the same step: copies under other names, archives and links are neither loaded nor deleted.
 """
 
-__all__ = ["CheckpointError", "latest", "load_optimizer", "load_state", "load_weights", "save", "steps"]
+__all__ = [
+    "CheckpointError",
+    "advice",
+    "check_room",
+    "latest",
+    "load_optimizer",
+    "load_state",
+    "load_weights",
+    "save",
+    "steps",
+]
 
+import hashlib
 import json
-import os
-import pickle
-import shutil
+import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .files import flush, write_text
+
 KEEP = 2
+FORMAT = 2  # 1: without checksums
+LARGEST_STATE = 1 << 26  # bytes of state.json; two million points of the loss
+SUMS = "SHA256SUMS"
+CONTENT = ("state.json", "model.safetensors", "ema.safetensors", "optimizer.pt")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
+LOWER_RATE = "lower training.lr or training.grad_clip"
 
 
 class CheckpointError(ValueError):
-    """Which file cannot be loaded, and what to load instead."""
+    """Which checkpoint cannot be loaded or saved, and what to do instead."""
 
 
-def save(
-    run: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-) -> Path:
-    """Writes RUN/checkpoints/step-*; `state` is what JSON can hold."""
-    target = run / "checkpoints" / f"step-{step:08d}"
-    temporary = target.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    safetensors.torch.save_file(_contiguous(model), temporary / "model.safetensors")
-    safetensors.torch.save_file(_contiguous(ema), temporary / "ema.safetensors")
-    torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-    (temporary / "state.json").write_text(json.dumps({"step": step} | state, indent=2))
-    for path in [*temporary.iterdir(), temporary]:
-        _flush(path)
-    temporary.rename(target)
-    _flush(target.parent)
-    for old in steps(run)[:-KEEP]:
-        shutil.rmtree(old)
-    return target
+class _State(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    format: int = Field(1, ge=1)
+    step: int = Field(ge=0)
+    config: dict[str, Any]
+    data: str | None = None
+    history: list[tuple[int, float]] = []
+    recent: list[float] = []
+    seconds: float = Field(0.0, ge=0)
+
+
+# Which checkpoints there are
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    numbered = {_number(path): path for path in (run / "checkpoints").glob("step-*")}
+    return [path for number, path in sorted(numbered.items()) if number >= 0 and _belongs(path, number)]
 
 
 def latest(run: Path) -> Path:
-    """The newest checkpoint of a run; `run` itself where it is a checkpoint.
+    """The newest checkpoint of a run; `run` itself if it is a checkpoint.
 
     Raises:
         CheckpointError: there is none.
@@ -69,55 +87,264 @@ def latest(run: Path) -> Path:
     return steps(run)[-1]
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
+def check_room(run: Path, first: int, last: int) -> None:
+    """Raises a CheckpointError if a checkpoint after step `first`, up to `last`, would meet something of its name."""
+    own = steps(run)
+    for path in sorted((run / "checkpoints").glob("step-*")):
+        if first < _number(path) <= last and path not in own:
+            raise CheckpointError(f"{path} has the name of a checkpoint, but is not one of this run; move it away")
+
+
+def advice(run: Path) -> str:
+    """How to go on after the training has diverged."""
+    match steps(run):
+        case []:
+            return f"{LOWER_RATE} and start again; no checkpoint has been saved yet"
+        case [only]:
+            return f"the last good checkpoint is {only.name}: {LOWER_RATE} and go on from it with --resume"
+        case [*_, older, newest]:
+            return (
+                f"the last good checkpoint is {newest.name}: {LOWER_RATE} and go on from it with --resume, "
+                f"or delete {newest} to go on from {older.name}"
+            )
+
+
+def _number(path: Path) -> int:
+    """The step in the name of a checkpoint, -1 for every other name."""
+    digits = re.fullmatch(r"step-([0-9]{8,})", path.name)
+    return int(digits[1]) if digits and path.name == f"step-{int(digits[1]):08d}" else -1
+
+
+def _belongs(path: Path, number: int) -> bool:
+    if path.is_symlink() or not (path / "state.json").is_file():
+        return False
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        if not isinstance(state, dict) or not {"step", "config"} <= set(state):
-            raise ValueError("it lacks the step or the config")
+        return load_state(path)["step"] == number
+    except CheckpointError:
+        return True  # damaged: to be named when it is loaded, and never to be passed over
+
+
+# Saving
+
+
+def save(
+    run: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Writes RUN/checkpoints/step-*, then deletes all but the last two checkpoints.
+
+    Args:
+        state: what else to keep, as JSON.
+
+    Raises:
+        CheckpointError: a weight or moment is not finite, or the files cannot be written. What was there before is
+            still there, and nothing else.
+    """
+    weights = {"model": _on_cpu(model.state_dict()), "ema": _on_cpu(ema.state_dict())}
+    moments = {key: _on_cpu(values) for key, values in optimizer.state_dict()["state"].items()}
+    for kind, tensors in (*weights.items(), *(("optimizer", values) for values in moments.values())):
+        if name := _not_finite(tensors):
+            raise CheckpointError(f"step {step} is not saved: {name} ({kind}) is not finite; {advice(run)}")
+
+    target = run / "checkpoints" / f"step-{step:08d}"
+    temporary = target.with_suffix(".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob("step-*.tmp"):
+            if _number(leftover.with_suffix("")) >= 0:
+                _delete(leftover)
+        temporary.mkdir()
+        for name, tensors in weights.items():
+            safetensors.torch.save_file(tensors, temporary / f"{name}.safetensors")
+        torch.save(optimizer.state_dict() | {"state": moments}, temporary / "optimizer.pt")
+        write_text(temporary / "state.json", json.dumps({"format": FORMAT, "step": step} | state, indent=2))
+        write_text(temporary / SUMS, "".join(f"{_digest(temporary / name)}  {name}\n" for name in CONTENT))
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+        _read_back(temporary, weights, moments)
+        temporary.rename(target)
+        flush(target.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        _delete(temporary)
+        kept = f"; the newest checkpoint is {steps(run)[-1].name}" if steps(run) else ""
+        raise CheckpointError(f"{target}: cannot be saved ({_first_line(error)}){kept}") from None
+    except BaseException:
+        _delete(temporary)
+        raise
+    for old in steps(run)[:-KEEP]:
+        if {path.name for path in old.iterdir()} <= {*CONTENT, SUMS}:  # otherwise somebody keeps files there
+            _delete(old.rename(old.with_suffix(".tmp")))  # so that a deletion that is interrupted is completed later
+    return target
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or infinity."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def _read_back(folder: Path, weights: dict[str, dict[str, Tensor]], moments: dict[int, dict[str, Tensor]]) -> None:
+    """Raises an OSError unless the files hold what was written."""
+    found = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    pairs = [(moments[key], found[key]) for key in moments]
+    pairs += [
+        (tensors, safetensors.torch.load_file(folder / f"{name}.safetensors")) for name, tensors in weights.items()
+    ]
+    for written, read in pairs:
+        if not all(torch.equal(tensor, read[name]) for name, tensor in written.items()):
+            raise OSError("the files do not hold what was written to them")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _delete(folder: Path) -> None:
+    """Deletes the files of a checkpoint, and its folder if nothing else is in it. A link is deleted, not followed."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        for name in (*CONTENT, SUMS):
+            (folder / name).unlink(missing_ok=True)
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+# Loading
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The step, the config and what else was given to `save`.
+
+    Raises:
+        CheckpointError: state.json is missing, damaged or of a later version.
+    """
+    path = checkpoint / "state.json"
+    try:
+        if path.stat().st_size > LARGEST_STATE:
+            raise ValueError(f"{path.stat().st_size:,} bytes, at most {LARGEST_STATE:,} can be")
+        text = path.read_text(encoding="utf-8")
+        state = _State.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(path, f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
     except (OSError, ValueError) as error:
-        raise _damaged(checkpoint / "state.json", error) from None
-    return state
+        raise _damaged(path, error) from None
+    if state.format > FORMAT:
+        raise CheckpointError(
+            f"{path}: written by a later version of ddpm_fast (format {state.format}, known: {FORMAT})"
+        )
+    if state.format > 1 and not (checkpoint / SUMS).is_file():
+        raise _damaged(checkpoint / SUMS, "no such file")
+    _check_digest(path)
+    return state.model_dump()
 
 
 def load_weights(checkpoint: Path, name: str, module: nn.Module) -> None:
-    """Loads the weights in `model` or `ema` into a module."""
+    """Loads the weights in `model` or `ema` into a module.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its tensors have other names, shapes or dtypes than the
+            module's, or are not finite.
+    """
     path = checkpoint / f"{name}.safetensors"
+    _check_digest(path)
     try:
-        module.load_state_dict(safetensors.torch.load_file(path))
+        weights = safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from None
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()  # the first of what may be hundreds of lines
-        raise CheckpointError(f"{path}: not the weights of the network in state.json ({reason})") from None
+    _check_tensors(path, weights, module.state_dict(), "not the weights of the network in state.json")
+    module.load_state_dict(weights)
 
 
-def load_optimizer(checkpoint: Path) -> dict[str, Any]:
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Loads Adam's moments and numbers of steps; learning rates and the like stay as they are.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or it does not fit the parameters of the optimizer.
+    """
     path = checkpoint / "optimizer.pt"
+    _check_digest(path)
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    wanted = {
+        f"{i}.{key}": torch.empty_like(p, device="cpu") if key.startswith("exp") else torch.empty(())
+        for i, p in parameters.items()
+        for key in MOMENTS
+    }
+    found = _load_moments(path, room=2 * sum(tensor.nbytes for tensor in wanted.values()) + 4096 * (len(wanted) + 1))
+    _check_tensors(path, found, wanted, "not the moments of the network in state.json")
+    for name, tensor in found.items():
+        if (tensor < (1 if name.endswith("step") else 0)).any() and not name.endswith("exp_avg"):
+            raise _damaged(path, f"{name} is below what it can be")
+        wanted[name].copy_(tensor)  # in the memory format of the parameter, as the fused update needs it
+    state = {i: {key: wanted[f"{i}.{key}"] for key in MOMENTS} for i in parameters}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def _load_moments(path: Path, room: int) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state, named "index.key", from a file that holds no more than `room` bytes."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed")
+        if (size := sum(entry.file_size for entry in entries)) > room:
+            raise ValueError(f"it holds {size:,} bytes, more than the {room:,} that the network can need")
+        states = torch.load(path, map_location="cpu", weights_only=True)["state"]
+        return {f"{i}.{key}": tensor for i, state in states.items() for key, tensor in state.items()}
+    except Exception as error:  # the loader raises whatever the content of a damaged file leads to
         raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    damaged = path.resolve().parent
-    older = [p for p in steps(damaged.parents[1]) if p.resolve() < damaged]
-    hint = f"; delete {path.parent} to go on from {older[-1].name}" if older else ""
-    return CheckpointError(f"{path}: truncated, missing or damaged ({error}){hint}")
+def _check_tensors(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Tensor], reason: str) -> None:
+    """Compares names, shapes and dtypes, then the values with NaN and infinity."""
+    problem = None
+    if odd := next(iter(sorted(found.keys() ^ wanted.keys())), None):
+        problem = f"{odd} is missing" if odd in wanted else f"{odd} is unknown"
+    for name in () if problem else wanted:
+        x, y = found[name], wanted[name]
+        if not isinstance(x, Tensor) or (x.shape, x.dtype, x.layout) != (y.shape, y.dtype, y.layout):
+            given = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            problem = f"{name} is {given}, needed {tuple(y.shape)} {y.dtype}"
+            break
+    if problem:
+        raise CheckpointError(f"{path}: {reason} ({problem})")
+    if name := _not_finite(found):
+        raise CheckpointError(f"{path}: {name} is not finite{_older(path)}")
 
 
-def steps(run: Path) -> list[Path]:
-    """The checkpoints of a run, the oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".tmp")
-
-
-def _contiguous(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _check_digest(path: Path) -> None:
+    """Compares a file with its checksum, where there is one."""
+    sums = path.parent / SUMS
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if sums.is_file() and f"{_digest(path)}  {path.name}" not in sums.read_text(encoding="utf-8").splitlines():
+            raise ValueError(f"it differs from its checksum in {SUMS}")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(f"{path}: truncated, missing or damaged ({_first_line(reason)}){_older(path)}")
+
+
+def _first_line(reason: object) -> str:
+    """Of what may be hundreds of lines in PyTorch's errors."""
+    return (str(reason) or type(reason).__name__).splitlines()[0]
+
+
+def _older(path: Path) -> str:
+    """What to do about a bad file of a checkpoint, if there is an older one."""
+    bad = path.resolve().parent
+    siblings = sorted((_number(p), p) for p in bad.parent.glob("step-*") if not p.is_symlink())
+    older = [p for number, p in siblings if 0 <= number < _number(bad) and (p / "state.json").is_file()]
+    return f"; delete {path.parent} to go on from {older[-1].name}" if older else ""

@@ -3,9 +3,19 @@
 A data set has a length, and a list of indices gives a batch: `data[[3, 1, 4]]`.
 """
 
-__all__ = ["DataError", "ImageFiles", "ImageTensor", "ShuffledBatches", "batches", "open_data", "read_idx"]
+__all__ = [
+    "DataError",
+    "ImageFiles",
+    "ImageTensor",
+    "ShuffledBatches",
+    "batches",
+    "fingerprint",
+    "open_data",
+    "read_idx",
+]
 
 import gzip
+import hashlib
 import math
 import signal
 import struct
@@ -129,8 +139,19 @@ def batches(data: Dataset, sampler: ShuffledBatches) -> Iterator[Tensor]:
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, but it is the training that decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """These signals may reach every process of a job, but the training decides when to stop."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def fingerprint(data: Dataset) -> str:
+    """Identifies the images of a data set, wherever they are: their pixels in memory, or names and sizes of files."""
+    if isinstance(data, ImageFiles):
+        content = repr([(path.name, path.stat().st_size) for path in data.paths]).encode()
+    else:
+        content = repr(tuple(data.images.shape)).encode() + data.images.contiguous().numpy().tobytes()
+    return f"{len(data)}-{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def open_data(config: DataConfig) -> Dataset:

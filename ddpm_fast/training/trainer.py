@@ -1,30 +1,21 @@
-"""Training: from a config to a folder with a model and pictures of what it makes."""
+"""Training: from a config to a folder with a model and pictures of what it generates.
 
-__all__ = [
-    "Run",
-    "RunError",
-    "autocast",
-    "load_run",
-    "make_optimizer",
-    "pick_device",
-    "sample_in_batches",
-    "train",
-    "write_pictures",
-]
+Image n of a run always meets the same timestep, noise and flip: they follow from the seed and the number of the step
+alone. So a run that was interrupted and resumed is the run that was not, bit for bit on a CPU.
+"""
 
-import json
+__all__ = ["Trainer", "autocast", "ema_decay", "lr_factor", "make_optimizer", "train"]
+
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -32,179 +23,259 @@ from ..diffusion import GaussianDiffusion
 from ..info import versions
 from ..noise import derive_seed
 from . import checkpoint
-from .config import ConfigError, RunConfig, TrainingConfig, build_diffusion, check
-from .data import ShuffledBatches, batches, open_data
+from .config import ConfigError, RunConfig, TrainingConfig, build_diffusion
+from .data import ShuffledBatches, batches, fingerprint, open_data
+from .files import write_text
+from .folder import check_folder, check_same, config_text, locked
 from .pictures import save_grid, save_loss
+from .run import Run, RunError, load_run, pick_device, sample_batches  # noqa: F401
+from .signals import Stopped, deferred_signals
 
-NOISE = 2  # and the noise of the images, apart from that of samples with the same seed
-PREVIEW_STEPS = 50  # of DDIM, for the pictures made while training
-STEP = 1  # what a run's seed is used for: all that a step draws but the noise
+STEP = 1  # what the seed is used for: everything that a step draws except the noise
+NOISE = 2  # and the noise of the training, which must differ from that of samples with the same seed
+PREVIEW_STEPS = 50  # of DDIM
 LOSS_POINTS = 200  # of the curve in metrics.json, at least
-LONGEST_WINDOW = 50  # steps between two of them
+LONGEST_WINDOW = 50  # steps between two points of the curve
 
 
-class RunError(RuntimeError):
-    """Why a run cannot begin or go on."""
+def train(config: RunConfig, folder: str | Path, *, resume: bool = False) -> Run:
+    """Trains as `config` says and writes config.json, checkpoints, metrics.json and pictures into `folder`.
+
+    Ctrl-C, SIGTERM and SIGHUP stop the training after the current step, which is saved.
+
+    Args:
+        folder: new or empty; with `resume`, the folder of a run that has a checkpoint.
+        resume: go on from the newest checkpoint. If all steps have been taken, only the metrics are written anew.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: input that cannot be used, or a checkpoint that cannot be saved.
+        RunError: the folder cannot be used, another process trains in it, or the loss is no longer finite.
+        Stopped: a signal has stopped the training, and the last step is saved.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise RunError(f"training runs in one process, but a launcher has started {processes}; start it without one")
+    folder = Path(folder)
+    check_folder(folder, resume=resume)
+    trainer = Trainer(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        check_folder(folder, resume=resume)  # again, since another process may have trained here until now
+        if resume:
+            trainer.restore()
+        checkpoint.check_room(folder, trainer.progress.step, config.training.steps)
+        write_text(folder / "config.json", config_text(config))
+        return trainer.run()
 
 
 @dataclass
-class Run:
-    """A trained model: `diffusion` has the averaged (EMA) weights."""
+class Progress:
+    """How far a run has come.
 
-    folder: Path
-    config: RunConfig
-    diffusion: GaussianDiffusion
-    metrics: dict[str, Any]
+    Attributes:
+        step: how many have been taken.
+        history: (step, mean loss since the point before it).
+        recent: the losses since the last point of `history`.
+        seconds: spent on the steps.
+    """
 
-    def write_metrics(self) -> None:
-        (self.folder / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
-
-
-def pick_device() -> torch.device:
-    """The current accelerator, or else the CPU. Of several processes on a machine, each takes one of its own."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return torch.device("cpu")
-    if "LOCAL_RANK" in os.environ:  # which a launcher sets; processes share accelerators where there are more of them
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
-        return torch.device(accelerator.type, torch.accelerator.current_device_index())
-    return accelerator
+    step: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
-def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
-    """Trains as `config` says and writes into `folder`: config.json, checkpoints, metrics.json and pictures.
-
-    Image n of the run always meets the same timestep, noise and flip, so that a run that was interrupted and
-    resumed is the run that was not, bit for bit on a CPU. Ctrl-C stops after the step and saves it.
+class Trainer:
+    """A run in progress: the network, its optimizer and its average (EMA).
 
     Raises:
-        ConfigError, DataError, CheckpointError: input that cannot be used.
-        RunError: the folder holds another run, or the loss is no longer finite.
-        KeyboardInterrupt: after Ctrl-C, once the step is saved.
+        ConfigError, DataError: input that cannot be used.
     """
-    device, c = pick_device(), config.training
-    torch.manual_seed(config.seed)
-    diffusion = build_diffusion(config).to(device)
-    data = open_data(config.data)
-    _check_fit(diffusion, data[[0]])
-    optimizer = make_optimizer(diffusion, c)
-    ema = AveragedModel(diffusion)  # each step sets its decay
 
-    first_step, history, recent, seconds = 0, [], [], 0.0
-    if checkpoint.steps(folder):
-        if not resume:
-            raise RunError(f"{folder} holds a run already; continue it with --resume, or choose another folder")
-        newest = checkpoint.latest(folder)
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self.folder, self.device = config, folder, pick_device()
+        torch.manual_seed(config.seed)
+        self.diffusion = build_diffusion(config).to(self.device)
+        self.data = open_data(config.data)
+        _check_fit(self.diffusion, self.data[[0]])
+        self.fingerprint = fingerprint(self.data)
+        self.optimizer = make_optimizer(self.diffusion, config.training)
+        self.ema = AveragedModel(self.diffusion)  # its decay is set in each step
+        self.progress = Progress()
+        self.result = Run(folder, config, self.ema.module)
+        self._noise_seed = derive_seed(config.seed, NOISE)
+        self._window = max(1, min(LONGEST_WINDOW, config.training.steps // LOSS_POINTS))
+        self._pending: list[Tensor] = []  # losses that are still on the device
+        self._saved, self._started = 0, 0.0
+
+    def run(self) -> Run:
+        """Takes the steps that are left."""
+        c, p = self.config.training, self.progress
+        first = p.step
+        order = ShuffledBatches(
+            len(self.data), c.batch_size, seed=self.config.seed, first_step=first, last_step=c.steps
+        )
+        self.diffusion.train()
+        self._started = time.perf_counter()
+        bar = tqdm(desc="training", total=c.steps, initial=first, unit="step")
+        with deferred_signals() as stopped, bar, closing(batches(self.data, order)) as images:
+            if 0 < first < c.steps and not self._preview_path().exists():
+                self.preview_if_due(stopped)  # the run ended between saving this step and its preview
+            while p.step < c.steps:
+                self.step(self._next(images))
+                signal = stopped()
+                if signal is not None:
+                    bar.disable = True  # the terminal may be closed
+                saving = signal is not None or p.step == c.steps or p.step % c.save_every == 0
+                if saving or p.step % self._window == 0:
+                    bar.set_postfix(loss=f"{self.read_losses():.4f}", refresh=False)
+                bar.update()
+                if saving:
+                    self.save()
+                if signal is not None and p.step < c.steps:
+                    raise Stopped(signal, f"stopped after step {p.step}; go on with --resume")
+                if p.step < c.steps:
+                    self.preview_if_due(stopped)
+        if p.step == first:
+            self.report()  # the run may have ended between its last checkpoint and its report
+        self.ema.module.eval()
+        return self.result
+
+    def step(self, images: Tensor) -> None:
+        """Takes one step on uint8 images, (N, C, H, W).
+
+        The loss is not read here, since reading it waits for the device.
+        """
+        c, step = self.config.training, self.progress.step
+        torch.manual_seed(derive_seed(self.config.seed, STEP, step))  # of flips, timesteps and dropout
+        images = images.to(self.device, non_blocking=True)
+        if self.config.data.flip:
+            images = _flip_half(images)
+        with autocast(self.device, c):
+            loss = self.diffusion(images, seed=self._noise_seed, sample_offset=step * c.batch_size)
+        loss.backward()
+        if c.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.diffusion.model.parameters(), c.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * lr_factor(step, c)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step, c))
+        self.ema.update_parameters(self.diffusion)
+        self._pending.append(loss.detach())
+        self.progress.step += 1
+
+    def read_losses(self) -> float:
+        """Reads the losses of the last steps, and adds a point to the history at the end of a window.
+
+        Returns:
+            The loss of the last step.
+
+        Raises:
+            RunError: a loss is not finite.
+        """
+        p = self.progress
+        if self._pending:
+            p.recent += torch.stack(self._pending).tolist()
+            self._pending = []
+        bad = next((loss for loss in p.recent if not math.isfinite(loss)), None)
+        if bad is not None:
+            raise RunError(f"the loss is {bad} at step {p.step}; {checkpoint.advice(self.folder)}")
+        latest = p.recent[-1]
+        if p.step % self._window == 0 or p.step == self.config.training.steps:
+            p.history.append((p.step, sum(p.recent) / len(p.recent)))
+            p.recent = []
+        return latest
+
+    def save(self) -> None:
+        """Writes a checkpoint, metrics.json and loss.png."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self._started
+        self._started = now
+        state = {"config": self.config.model_dump(mode="json"), "data": self.fingerprint} | asdict(self.progress)
+        checkpoint.save(
+            self.folder,
+            self.progress.step,
+            model=self.diffusion.model,
+            ema=self.ema.module.model,
+            optimizer=self.optimizer,
+            state=state,
+        )
+        self._saved = self.progress.step
+        self.report()
+
+    def restore(self) -> None:
+        """Goes back to the newest checkpoint.
+
+        Raises:
+            RunError: it is of a run with another config or other images, or of more steps than there are to take.
+            CheckpointError: it is damaged.
+        """
+        newest = checkpoint.latest(self.folder)
         state = checkpoint.load_state(newest)
-        _check_same(config, state["config"])
-        checkpoint.load_weights(newest, "model", diffusion.model)
-        checkpoint.load_weights(newest, "ema", ema.module.model)
-        ema.n_averaged.fill_(state["step"])
-        optimizer.load_state_dict(checkpoint.load_optimizer(newest))
-        first_step, history, recent, seconds = (state[key] for key in ("step", "history", "recent", "seconds"))
-        if first_step >= c.steps:
-            raise RunError(f"{folder} has taken {first_step} steps already, and training.steps is {c.steps}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        check_same(self.config, self.fingerprint, newest, state)
+        steps, first = self.config.training.steps, state["step"]
+        if first > steps:
+            raise RunError(f"{self.folder} has taken {first} steps already, and training.steps is {steps}")
+        checkpoint.load_weights(newest, "model", self.diffusion.model)
+        checkpoint.load_weights(newest, "ema", self.ema.module.model)
+        checkpoint.load_optimizer(newest, self.optimizer)
+        self.ema.n_averaged.fill_(first)
+        self.progress = Progress(first, state["history"], state["recent"], state["seconds"])
+        self._saved = first
 
-    run = Run(folder, config, ema.module, metrics={})
-
-    def save(done: int) -> None:
-        state = {"config": config.model_dump(mode="json"), "history": history, "recent": recent, "seconds": seconds}
-        checkpoint.save(folder, done, model=diffusion.model, ema=ema.module.model, optimizer=optimizer, state=state)
-        last = [loss for _, loss in history[-10:]] or recent
-        run.metrics = {
-            "loss": sum(last) / len(last),
-            "steps": done,
-            "images_per_second": round(done * c.batch_size / seconds, 1),
-            "seconds": round(seconds, 1),
-            "seed": config.seed,
-            "device": str(device),
+    def report(self) -> None:
+        """Writes metrics.json and loss.png."""
+        p, c = self.progress, self.config.training
+        last = [loss for _, loss in p.history[-10:]] or p.recent
+        self.result.metrics = {
+            "loss": sum(last) / len(last) if last else None,
+            "steps": p.step,
+            "images_per_second": round(p.step * c.batch_size / p.seconds, 1) if p.seconds else None,
+            "seconds": round(p.seconds, 1),
+            "seed": self.config.seed,
+            "device": str(self.device),
             "versions": versions(),
-            "history": history,
+            "history": p.history,
         }
-        run.write_metrics()
-        save_loss(history, folder / "loss.png")
+        self.result.write_metrics()
+        save_loss(p.history, self.folder / "loss.png")
 
-    sampler = ShuffledBatches(len(data), c.batch_size, seed=config.seed, first_step=first_step, last_step=c.steps)
-    bar = tqdm(batches(data, sampler), "training", total=c.steps, initial=first_step, unit="step")
-    window, pending = max(1, min(LONGEST_WINDOW, c.steps // LOSS_POINTS)), []
-    noise_seed = derive_seed(config.seed, NOISE)
-    started = time.perf_counter()
-    diffusion.train()
-    with _deferred_interrupt() as interrupted:
-        for step, images in enumerate(bar, first_step):
-            torch.manual_seed(derive_seed(config.seed, STEP, step))  # flips, timesteps and dropout follow from the step
-            images = images.to(device, non_blocking=True)
-            if config.data.flip:
-                images = _flip_half(images)
-            with autocast(device, c):
-                loss = diffusion(images, seed=noise_seed, sample_offset=step * c.batch_size)
-            loss.backward()
-            if c.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_(diffusion.model.parameters(), c.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = c.lr * lr_factor(step, c)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step, c))
-            ema.update_parameters(diffusion)
+    def preview_if_due(self, stopped: Callable[[], int | None]) -> None:
+        """Writes previews/step-*.png every `sample_every` steps. If that fails, the training goes on."""
+        step, path = self.progress.step, self._preview_path()
+        if step % self.config.training.sample_every:
+            return
 
-            pending.append(loss.detach())
-            done = step + 1
-            stop = done == c.steps or interrupted()
-            saving = stop or done % c.save_every == 0
-            if saving or done % window == 0:  # not each step: to read a loss is to wait for it
-                recent += torch.stack(pending).tolist()
-                pending = []
-                if not all(map(math.isfinite, recent)):
-                    raise RunError(f"the loss is {recent[-1]} at step {done}: lower training.lr or training.grad_clip")
-                bar.set_postfix(loss=f"{recent[-1]:.4f}")
-            if done % window == 0 or done == c.steps:
-                history.append((done, sum(recent) / len(recent)))
-                recent = []
-            if saving:
-                now = time.perf_counter()
-                seconds, started = seconds + now - started, now
-                save(done)
-            if stop:
-                break
-            if done % c.sample_every == 0:
-                pause = time.perf_counter()
-                (folder / "previews").mkdir(exist_ok=True)
-                preview_steps = min(PREVIEW_STEPS, diffusion.num_timesteps)
-                preview = ema.module.sample(16, sampler="ddim", steps=preview_steps, eta=0.0, seed=config.seed)
-                save_grid(preview, folder / "previews" / f"step-{done:08d}.png")
-                started += time.perf_counter() - pause
-    bar.close()
-    if interrupted() and done < c.steps:
-        raise KeyboardInterrupt(f"stopped after step {done}; go on with --resume")
-    ema.module.eval()
-    return run
+        def give_up(_: int) -> None:
+            if stopped():
+                raise InterruptedError("stopped")
 
+        began = time.perf_counter()
+        chosen = {"sampler": "ddim", "steps": min(PREVIEW_STEPS, self.diffusion.num_timesteps), "eta": 0.0}
+        try:
+            drawn = sample_batches(self.result, 16, seed=self.config.seed, report=give_up, **chosen)
+            images = torch.cat([images for _, images in drawn])
+            path.parent.mkdir(exist_ok=True)
+            save_grid(images, path)
+        except InterruptedError:
+            pass  # to be drawn when the run goes on
+        except (OSError, RunError) as error:
+            tqdm.write(f"no preview of step {step}: {error}")
+        self._started += time.perf_counter() - began
 
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks to stop after the step, so that it can be saved; a second one stops at once."""
-    asked = []
+    def _preview_path(self) -> Path:
+        return self.folder / "previews" / f"step-{self.progress.step:08d}.png"
 
-    def handler(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def ema_decay(step: int, c: TrainingConfig) -> float:
-    """The average's decay at step (from 0): it rises to the configured one, lest a short run keep its beginning."""
-    return min(c.ema_decay, (1 + step) / (10 + step))
+    def _next(self, images: Iterator[Tensor]) -> Tensor:
+        """The next batch. If it cannot be read, the steps taken so far are saved before the error is raised."""
+        try:
+            return next(images)
+        except Exception:
+            if self.progress.step > self._saved:
+                if self._pending:
+                    self.read_losses()
+                self.save()
+            raise
 
 
 def make_optimizer(diffusion: GaussianDiffusion, c: TrainingConfig) -> torch.optim.Optimizer:
@@ -218,63 +289,28 @@ def autocast(device: torch.device, c: TrainingConfig) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bf16")
 
 
+def ema_decay(step: int, c: TrainingConfig) -> float:
+    """The decay of the average at a step, counted from 0.
+
+    It rises to the configured one, so that the average of a short run does not consist of its initial weights.
+    """
+    return min(c.ema_decay, (1 + step) / (10 + step))
+
+
 def lr_factor(step: int, c: TrainingConfig) -> float:
-    """The share of the learning rate that step (from 0) takes."""
+    """What the learning rate is multiplied by at a step, counted from 0."""
     factor = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
     if c.cosine_decay:
         factor *= 0.5 * (1 + math.cos(math.pi * step / c.steps))
     return factor
 
 
-def sample_in_batches(run: Run, n: int, **arguments: Any) -> Iterator[torch.Tensor]:
-    """Samples n images, [0, 1], no more at once than the training has seen to fit; `arguments` as in `sample`."""
-    size = run.config.training.batch_size
-    for first in range(0, n, size):
-        yield run.diffusion.sample(min(size, n - first), sample_offset=first, **arguments).cpu()
-
-
-def write_pictures(run: Run, *, seed: int = 0, n: int = 64) -> torch.Tensor:
-    """samples.png, a grid of n, and denoising.png, rows from x_T to x_0. Returns the samples, in [0, 1]."""
-    samples = torch.cat(list(sample_in_batches(run, n, seed=seed, progress=True)))
-    save_grid(samples[:64], run.folder / "samples.png")
-    last = len(run.diffusion.step_table())
-    shown = {round(i * last / 10) for i in range(11)}
-    states = [s.x for s in run.diffusion.sample_progressive(8, seed=seed) if s.step in shown]
-    save_grid(torch.stack(states, dim=1).flatten(0, 1), run.folder / "denoising.png", columns=len(states))
-    return samples
-
-
-def load_run(folder: Path) -> Run:
-    """A trained model from the folder of a run (its newest checkpoint), or from one of its checkpoints.
-
-    Raises:
-        CheckpointError: there is none, or a file of it is damaged.
-    """
-    newest = checkpoint.latest(folder)
-    config = check(checkpoint.load_state(newest)["config"], newest / "state.json")
-    diffusion = build_diffusion(config)
-    checkpoint.load_weights(newest, "ema", diffusion.model)
-    return Run(folder, config, diffusion.to(pick_device()).eval(), {})
-
-
-def _flip_half(images: torch.Tensor) -> torch.Tensor:
+def _flip_half(images: Tensor) -> Tensor:
     chosen = torch.rand(len(images), device=images.device) < 0.5
     return torch.where(chosen[:, None, None, None], images.flip(-1), images)
 
 
-def _check_fit(diffusion: GaussianDiffusion, images: torch.Tensor) -> None:
+def _check_fit(diffusion: GaussianDiffusion, images: Tensor) -> None:
     given, needed = tuple(images.shape[1:]), (diffusion.channels, *diffusion.image_size)
     if given != needed:
         raise ConfigError(f"data: the images are {given} (channels, H, W), but the model takes {needed}")
-
-
-def _check_same(config: RunConfig, before: dict[str, Any]) -> None:
-    """Only the number of steps and the intervals may differ from the run that is resumed."""
-    free = {"steps", "save_every", "sample_every"}
-    now = config.model_dump(mode="json")
-    for section in now:
-        a, b = now[section], before.get(section)
-        if section == "training":
-            a, b = ({k: v for k, v in d.items() if k not in free} for d in (a, b or {}))
-        if a != b:
-            raise RunError(f"the run was started with another {section}: {b}, now {a}")
