@@ -24,7 +24,7 @@ from .sampling import SamplingRun
 from .schedules import NoiseSchedule
 
 RNGS = ("philox", "torch")
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
+SAMPLERS = tuple(samplers.SAMPLERS)
 
 
 class ModelPrediction(NamedTuple):
@@ -72,6 +72,7 @@ class GaussianDiffusion(DiffusionProcess):
         offset_noise_strength: adds noise that is constant over a channel in training.
         immiscible: pairs the images of a batch with near noise in training. Li et al. (2024).
         channels: C; by default `model.channels`.
+        sampler: the sampler that `sample` takes by default, a name of `samplers.SAMPLERS`; None: see `sample`.
         rng: philox: noise by `noise.gaussian`; torch: by torch.randn, in denoising_diffusion_pytorch's order.
 
     Raises:
@@ -100,6 +101,7 @@ class GaussianDiffusion(DiffusionProcess):
         immiscible: bool = False,
         channels: int | None = None,
         rng: str = "philox",
+        sampler: str | None = None,
     ) -> None:
         if isinstance(beta_schedule, str):
             schedule = schedules.make(beta_schedule, timesteps, **(schedule_fn_kwargs or {}))
@@ -141,6 +143,9 @@ class GaussianDiffusion(DiffusionProcess):
         self.auto_normalize = auto_normalize
         self.offset_noise_strength = offset_noise_strength
         self.immiscible = immiscible
+        if sampler is not None and sampler not in samplers.SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join(samplers.SAMPLERS)}")
+        self.sampler = sampler
         self.rng = rng
 
     # The network
@@ -343,19 +348,20 @@ class GaussianDiffusion(DiffusionProcess):
         """The coefficients of a sampling run; the arguments of `sample`."""
         fewer = "ddim" if steps is None or eta is not None else "dpmpp_2m"
         steps = self.sampling_timesteps if steps is None else steps
+        sampler = self.sampler if sampler is None else sampler
         if sampler is None:
             taken = len(samplers.strided_timesteps(self.num_timesteps, steps))
             sampler = fewer if taken < self.num_timesteps else "ddpm"
         if sampler == "ddim":
             eta = self.ddim_sampling_eta if eta is None else eta
             return samplers.ddim(self.schedule, self.objective, steps, eta=eta)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        if sampler not in samplers.SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join(samplers.SAMPLERS)}")
         if eta:
             raise ValueError(f"eta is of sampler='ddim', this run takes {sampler!r}; got eta={eta}")
         if sampler == "ddpm":
             return samplers.ancestral(self.schedule, self.objective, steps, variance=self.variance)
-        return samplers.dpmpp_2m(self.schedule, self.objective, steps, sde=sampler == "dpmpp_2m_sde")
+        return samplers.SAMPLERS[sampler](self.schedule, self.objective, steps)
 
     @torch.inference_mode()
     def _reverse(

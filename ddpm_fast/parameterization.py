@@ -37,7 +37,7 @@ from .schedules import NoiseSchedule
 
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v", "pred_mean")
 VARIANCES = ("beta", "posterior")
-LOSS_WEIGHTS = ("simple", "snr", "min_snr", "vlb")
+LOSS_WEIGHTS = ("l_simple", "uniform", "min_snr", "vlb", "snr", "simple")
 
 
 def target_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:
@@ -84,9 +84,9 @@ def loss_weight(
     """The weight of |pred - target|^2 at each timestep.
 
     Args:
-        kind: `simple`: 1, whatever the objective.
-            `snr`: SNR on the error of x_0, which is 1 on that of eps: L_simple of Ho et al. (2020), eq. 14,
-            for every objective.
+        kind: `uniform` (or `simple`): 1, whatever the objective.
+            `l_simple` (or `snr`): SNR on the error of x_0, which is 1 on that of eps: L_simple of Ho et al. (2020),
+            eq. 14, for every objective.
             `min_snr`: min(SNR, gamma) on the error of x_0. Hang et al. (2023).
             `vlb`: the term of the variational bound, in nats. Ho et al. (2020), eq. 8 and 12; at t = 0, where
             the posterior variance is 0, with that of t = 1.
@@ -103,9 +103,9 @@ def loss_weight(
                 f"got the shape {tuple(table.shape)} with values from {table.min():.4g} to {table.max():.4g}"
             )
         return table
-    if kind == "simple":
+    if kind in ("uniform", "simple"):
         return torch.ones_like(w)
-    if kind == "snr":
+    if kind in ("l_simple", "snr"):
         return schedule.snr * w**2
     if kind == "min_snr":
         if not min_snr_gamma > 0:

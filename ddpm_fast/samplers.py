@@ -8,10 +8,11 @@ A step takes x_t to x_t' at the next, less noisy timestep t' (primes below; abar
 A sampler is a function that gives these numbers for K steps. Nothing else of it reaches a kernel.
 """
 
-__all__ = ["StepTable", "ancestral", "ddim", "dpmpp_2m", "karras_timesteps", "strided_timesteps"]
+__all__ = ["SAMPLERS", "StepTable", "ancestral", "ddim", "dpmpp_2m", "karras_timesteps", "strided_timesteps"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -179,3 +180,6 @@ def dpmpp_2m(
         C=-gain * ahead,
         sigma=s_next * (-torch.expm1(-2 * h)).sqrt() if sde else torch.zeros_like(h),
     )
+
+
+SAMPLERS = {"ddpm": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": partial(dpmpp_2m, sde=True)}
