@@ -270,7 +270,7 @@ def _check_fit(diffusion: GaussianDiffusion, images: torch.Tensor) -> None:
 
 def _check_same(config: RunConfig, before: dict[str, Any]) -> None:
     """Only the number of steps and the intervals may differ from the run that is resumed."""
-    free = {"steps", "save_every", "sample_every"}
+    free = {"steps", "save_every", "sample_every", "workers"}
     now = config.model_dump(mode="json")
     for section in now:
         a, b = now[section], before.get(section)
