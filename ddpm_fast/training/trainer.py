@@ -127,7 +127,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
         save_loss(history, folder / "loss.png")
 
     sampler = ShuffledBatches(len(data), c.batch_size, seed=config.seed, first_step=first_step, last_step=c.steps)
-    bar = tqdm(batches(data, sampler), "training", total=c.steps, initial=first_step, unit="step")
+    bar = tqdm(batches(data, sampler, workers=c.workers), "training", total=c.steps, initial=first_step, unit="step")
     window, pending = max(1, min(LONGEST_WINDOW, c.steps // LOSS_POINTS)), []
     noise_seed = derive_seed(config.seed, NOISE)
     started = time.perf_counter()
