@@ -10,6 +10,7 @@ __all__ = [
     "ShuffledBatches",
     "batches",
     "fingerprint",
+    "is_run",
     "open_data",
     "read_idx",
 ]
@@ -34,7 +35,7 @@ from .image_files import ENDINGS, DataError, ImageFiles
 from .loading import ShuffledBatches, batches
 
 NOT_DATA = ("$RECYCLE.BIN", "@eaDir", "__MACOSX")  # created by Windows, Synology and macOS; they hold copies of images
-# The names that a training run writes. A folder with two of them is taken to be the folder of a run.
+# What a training run writes into its folder.
 OF_A_RUN = {"checkpoints", "config.json", "denoising.png", "loss.png", "metrics.json", "previews", "samples.png"}
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_MAX_RATIO = 1032  # DEFLATE represents at most 258 bytes by two bits
@@ -102,14 +103,13 @@ def _find_images(folder: Path) -> list[Path]:
 
     for name, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         here = Path(name)
-        is_run = len(OF_A_RUN.intersection(folders + files)) > 1
+        of_run = OF_A_RUN if is_run(folders + files) else set()
         real = os.path.realpath(here)
-        if real in visited or (is_run and here != folder):
+        if real in visited or (of_run and here != folder):
             skip("folders reached again by a link" if real in visited else "folders of training runs", here)
             folders.clear()
             continue
         visited.add(real)
-        of_run = OF_A_RUN if is_run else set()
         for hidden in sorted(filter(_is_hidden, folders)):
             skip("hidden files and folders", here / hidden)
         folders[:] = sorted(f for f in folders if not _is_hidden(f) and f not in of_run)
@@ -133,6 +133,11 @@ def _find_images(folder: Path) -> list[Path]:
         raise DataError(message + _list(skipped))
     print(f"{folder}: {len(found):,} image{'s' if len(found) > 1 else ''}{_list(skipped)}", file=sys.stderr)
     return sorted(found, key=lambda path: path.parts)
+
+
+def is_run(names: list[str]) -> bool:
+    """Whether a folder with these files and folders is taken to be that of a training run."""
+    return len(OF_A_RUN.intersection(names)) > 1
 
 
 def _is_hidden(name: str) -> bool:
