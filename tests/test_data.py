@@ -482,3 +482,10 @@ def test_cifar10_is_read_through_torchvision(tmp_path, monkeypatch):
     opened = data.open_data(Cifar10Data(name="cifar10", path=tmp_path))
     assert opened[[1]].shape == (1, 3, 32, 32)
     assert opened[[0]][0, :, 0, 1].tolist() == [3, 4, 5]
+
+    def offline(root, train, download):
+        raise RuntimeError("Dataset not found or corrupted.")
+
+    monkeypatch.setattr(datasets, "CIFAR10", offline)
+    with pytest.raises(data.DataError, match=f"{tmp_path}: CIFAR10 cannot be loaded: Dataset not found or corrupted"):
+        data.open_data(Cifar10Data(name="cifar10", path=tmp_path))
