@@ -35,6 +35,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+AnyPath = Annotated[Path, Field(strict=False)]  # in Python, a string as well
+
+
 class DigitsData(_Section):
     """The 1,797 scanned digits that scikit-learn ships: 8 x 8, one channel."""
 
@@ -46,7 +49,7 @@ class IdxData(_Section):
     """The images in one IDX file, the format of MNIST and Fashion-MNIST, optionally gzipped."""
 
     name: Literal["idx"]
-    path: Path
+    path: AnyPath
     flip: bool = False
 
 
@@ -54,7 +57,7 @@ class Cifar10Data(_Section):
     """CIFAR-10 through torchvision, downloaded to `path` unless it is there already."""
 
     name: Literal["cifar10"]
-    path: Path = Path("data")
+    path: AnyPath = Path("data")
     flip: bool = True
 
 
@@ -62,7 +65,7 @@ class CelebAData(_Section):
     """CelebA through torchvision, downloaded to `path` unless it is there already; cropped to a square."""
 
     name: Literal["celeba"]
-    path: Path = Path("data")
+    path: AnyPath = Path("data")
     image_size: int = Field(gt=0)
     flip: bool = True
 
@@ -71,7 +74,7 @@ class FolderData(_Section):
     """All images in a folder and its subfolders, resized and cropped to a square."""
 
     name: Literal["folder"]
-    path: Path
+    path: AnyPath
     image_size: int = Field(gt=0)
     channels: Literal[1, 3] = 3
     flip: bool = False

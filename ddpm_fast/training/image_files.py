@@ -3,6 +3,7 @@
 __all__ = ["ENDINGS", "DataError", "ImageFiles"]
 
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class ImageFiles(Dataset):
             `PIL.Image.MAX_IMAGE_PIXELS`.
     """
 
-    def __init__(self, paths: list[Path], image_size: int, channels: int = 3) -> None:
-        self.paths, self.image_size, self.channels = paths, image_size, channels
+    def __init__(self, paths: Iterable[str | Path], image_size: int, channels: int = 3) -> None:
+        self.paths, self.image_size, self.channels = [Path(path) for path in paths], image_size, channels
         self._warned = False
 
     def __len__(self) -> int:
@@ -53,10 +54,14 @@ class ImageFiles(Dataset):
 
     def _read(self, path: Path) -> Tensor:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path, formats=_formats()) as image:
-                    image = self._to_8_bits(path, image).convert("RGB" if self.channels == 3 else "L")
+            with Image.open(path, formats=_formats()) as image:
+                # Pillow warns of more pixels than this, and refuses twice as many.
+                if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise ValueError(
+                        f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}, the value of "
+                        "PIL.Image.MAX_IMAGE_PIXELS"
+                    )
+                image = self._to_8_bits(path, image).convert("RGB" if self.channels == 3 else "L")
             image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
         except UnidentifiedImageError:
             raise DataError(f"{path}: not a readable image (its content is none of {', '.join(_formats())})") from None
