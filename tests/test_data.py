@@ -274,6 +274,8 @@ def test_hidden_files_and_training_runs_in_the_folder_are_not_training_data(tmp_
     assert f"{tmp_path}: 2 images; skipped hidden files and folders: 4 (.ipynb_checkpoints, .thumbnails, " in told
     assert "files of other kinds: 1 (notes.txt), folders of training runs: 1 (runs/mine)" in told
     assert len(told.splitlines()) == 1
+    put(tmp_path / ".cache" / "photos" / "0.png")
+    assert names(tmp_path / ".cache" / "photos") == ["0.png"]  # hidden itself, but named by the user
     put(run / "mine.png")
     assert names(run) == ["generated/000000.png", "mine.png"]  # what the run itself has not written
 

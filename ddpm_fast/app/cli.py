@@ -100,8 +100,8 @@ def _folder_of_run(path: Path, chosen: "RunConfig") -> Path:
     from ..training import config, data
 
     if path.name == "config.json" and path.is_file():
-        written = json.dumps(chosen.model_dump(mode="json"), indent=2) + "\n"
-        if data.is_run(os.listdir(path.parent)) or path.read_bytes() == written.encode():
+        has_all_keys = json.loads(path.read_bytes()) == chosen.model_dump(mode="json")  # only a run writes all
+        if has_all_keys or data.is_run(os.listdir(path.parent)):
             return path.parent
     if not path.stem.strip("."):
         raise config.ConfigError(f"{path}: a folder cannot have the name {path.stem!r}; choose a folder with --out")

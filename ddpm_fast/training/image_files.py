@@ -64,7 +64,10 @@ class ImageFiles(Dataset):
                 image = self._to_8_bits(path, image).convert("RGB" if self.channels == 3 else "L")
             image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
         except UnidentifiedImageError:
-            raise DataError(f"{path}: not a readable image (its content is none of {', '.join(_formats())})") from None
+            known = ", ".join(_formats())
+            raise DataError(
+                f"{path}: not a readable image (its content is none of {known} that Pillow decodes)"
+            ) from None
         except Exception as error:  # given a damaged file, decoders raise exceptions of all kinds
             raise DataError(f"{path}: not a readable image ({error})") from None
         pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
