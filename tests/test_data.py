@@ -260,7 +260,7 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path, ca
 
 
 def test_hidden_files_and_training_runs_in_the_folder_are_not_training_data(tmp_path, capsys):
-    for name in (".ipynb_checkpoints/0-checkpoint.png", ".thumbnails/0.png", "__MACOSX/._0.png", "deep/._0.png"):
+    for name in (".ipynb_checkpoints/0-checkpoint.png", ".thumbnails/0.png", "__MACOSX/0.png", "deep/._0.png"):
         put(tmp_path / name)
     put(tmp_path / "deep" / "0.png")
     put(tmp_path / "previews" / "1.png")  # a folder of this name alone is not a run
