@@ -1,4 +1,4 @@
-"""What this installation is made of, and what it can use: `python -m ddpm_fast.info`."""
+"""Versions, devices and backends of this installation: `python -m ddpm_fast.info`."""
 
 __all__ = ["backends", "cores", "devices", "main", "versions"]
 
@@ -20,28 +20,31 @@ DESCRIPTIONS = {
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    found = {
-        "ddpm_fast": version("ddpm_fast"),
+    """The versions of the software that results depend on."""
+    return {
+        "ddpm_fast": _version("ddpm_fast"),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "cuda": torch.version.cuda or "not supported by this torch",
     }
-    for name in ("triton", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    found["cuda"] = torch.version.cuda or "not in this torch"
-    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def cores() -> int:
-    """The processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def devices() -> list[str]:
-    """The processor, then the accelerators."""
+    """Descriptions of the CPU and of each CUDA device."""
     capability = torch.backends.cpu.get_cpu_capability()
     found = [f"cpu: {cores()} cores, {torch.get_num_threads()} threads, {platform.machine()}, {capability}"]
     if torch.cuda.is_available():
@@ -52,7 +55,7 @@ def devices() -> list[str]:
 
 
 def backends() -> dict[str, tuple[bool, str]]:
-    """Whether each backend can be used, and what it is or why not."""
+    """For each backend, whether it can be used, and its description or the reason why it cannot."""
     found = {}
     for name, description in DESCRIPTIONS.items():
         available, reason = availability(name)

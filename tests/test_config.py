@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from ddpm_fast.training.config import ConfigError, build_diffusion, check, load
+from ddpm_fast import ops, parameterization, samplers, schedules
+from ddpm_fast.training.config import ConfigError, build_diffusion, check, expanded, load
 
 SMALL = {
     "data": {"name": "digits"},
@@ -45,10 +47,11 @@ def changed(**changes):
         (changed(training={"steps": 1, "lr": 1}), "training.batch_size: missing"),
         (changed(data__name="mnist"), "data.name: given 'mnist'; allowed: celeba, cifar10, digits, folder, idx"),
         (changed(data={}), "data.name: given None; allowed: celeba"),
-        (
-            changed(diffusion__objective="eps"),
-            "diffusion.objective: given 'eps'; needed: input should be 'pred_noise', ",
-        ),
+        (changed(diffusion__objective="eps"), "diffusion.objective: given 'eps'; needed: one of pred_noise, pred_x0"),
+        (changed(diffusion__objective=3), "diffusion.objective: given 3; needed: input should be a valid string"),
+        (changed(training__workers=-1), "training.workers: given -1; needed: input should be greater than or equal"),
+        (changed(data__name=["idx"]), "data.name: given ['idx']; allowed: celeba"),
+        (changed(data__name="idx", data__path="\ud800"), "the file: Invalid JSON"),
         (changed(seed=-1), "seed: given -1; needed: input should be greater than or equal to 0"),
         (changed(model__dropout=1.0), "model.dropout: given 1.0; needed: input should be less than 1"),
         ([], "the file: given []"),
@@ -58,6 +61,54 @@ def test_errors_name_the_key_what_was_given_and_what_is_allowed(values, message)
     with pytest.raises(ConfigError) as raised:
         check(values, "run.json")
     assert str(raised.value).startswith("run.json: " + message)
+
+
+REGISTRIES = {
+    "sampler": samplers.SAMPLERS,
+    "objective": parameterization.OBJECTIVES,
+    "beta_schedule": schedules.SCHEDULES,
+    "variance": parameterization.VARIANCES,
+    "loss_weight": parameterization.LOSS_WEIGHTS,
+    "loss_type": ops.LOSS_TYPES,
+}
+
+
+@pytest.mark.parametrize("key", REGISTRIES)
+def test_every_name_of_a_registry_is_valid_and_an_error_lists_them(key):
+    for name in REGISTRIES[key]:
+        build_diffusion(check(changed(**{f"diffusion__{key}": name})))
+    with pytest.raises(ConfigError) as raised:
+        check(changed(**{f"diffusion__{key}": "no such name"}))
+    assert str(raised.value).endswith(f"given 'no such name'; needed: one of {', '.join(REGISTRIES[key])}")
+
+
+def test_a_sampler_and_a_schedule_that_are_registered_later_can_be_used_in_a_config(monkeypatch, tmp_path):
+    def steeper(timesteps: int, power: float = 2.0):
+        return schedules.linear(timesteps) ** power
+
+    def halved(schedule, objective, steps=None, **options):
+        return samplers.SAMPLERS["ddim"](schedule, objective, (steps or len(schedule)) // 2, **options)
+
+    monkeypatch.setitem(schedules.SCHEDULES, "steeper", steeper)
+    monkeypatch.setitem(samplers.SAMPLERS, "halved", halved)
+    values = changed(diffusion={"beta_schedule": "steeper", "timesteps": 100, "sampler": "halved"})
+    values["diffusion"]["schedule_fn_kwargs"] = {"power": 1.5}
+    (tmp_path / "mine.json").write_text(json.dumps(values))
+    diffusion = build_diffusion(load(tmp_path / "mine.json"))
+    torch.testing.assert_close(diffusion.schedule.betas, schedules.linear(100) ** 1.5, rtol=1e-12, atol=0)
+    assert len(diffusion.step_table()) == 50
+
+
+def test_the_sampler_of_a_config_is_the_one_that_samples():
+    common = {"timesteps": 25, "sampling_timesteps": 5, "clip_denoised": False}
+    explicit, configured = (
+        build_diffusion(check(changed(diffusion=common | sampler)))
+        for sampler in ({}, {"sampler": "dpmpp_2m_sde"})
+    )
+    configured.load_state_dict(explicit.state_dict())
+    expected = explicit.sample(2, sampler="dpmpp_2m_sde", steps=5, seed=1)
+    assert torch.equal(configured.sample(2, seed=1), expected)
+    assert not torch.equal(explicit.sample(2, seed=1), expected)
 
 
 def test_all_errors_are_told_at_once():
@@ -119,5 +170,35 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"latin.json: not JSON: 'utf-8' codec"):
         load(tmp_path / "latin.json")
     (tmp_path / "twice.json").write_text('{"seed": 1, "seed": 2}')
-    with pytest.raises(ConfigError, match="the key 'seed' is given twice"):
+    with pytest.raises(ConfigError, match=r"twice.json: the key 'seed' is given twice"):
         load(tmp_path / "twice.json")
+    (tmp_path / "deep.json").write_text('{"seed":' * 100_000)
+    with pytest.raises(ConfigError, match=r"deep.json: not JSON: "):
+        load(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, literal):
+    (tmp_path / "mine.json").write_text(json.dumps(SMALL).replace("0.001", literal))
+    with pytest.raises(ConfigError, match=rf"mine.json: {literal} is not JSON.*needed: a finite number"):
+        load(tmp_path / "mine.json")
+    (tmp_path / "mine.json").write_text(json.dumps(SMALL).replace("0.001", "1e999"))
+    with pytest.raises(ConfigError, match=r"training.lr: given inf; needed: input should be a finite number"):
+        load(tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_configs_of_windows_editors_are_read(tmp_path, encoding):
+    """Notepad puts a byte order mark before UTF-8, and PowerShell's `>` writes UTF-16."""
+    text = json.dumps(changed(data={"name": "idx", "path": "é"}), ensure_ascii=False)
+    (tmp_path / "mine.json").write_text(text, encoding=encoding)
+    assert load(tmp_path / "mine.json").data.path == Path("é")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.json").write_text(json.dumps(SMALL))
+    assert load("~/mine.json") == check(SMALL)
+    assert (expanded("~"), expanded("a/~")) == (tmp_path, Path("a/~"))
+    with pytest.raises(ConfigError, match="~nobody-of-this-name/x: there is no home folder"):
+        expanded("~nobody-of-this-name/x")

@@ -1,1 +1,1 @@
-"""The command line, and what it runs besides training."""
+"""The command line, and its commands other than training."""

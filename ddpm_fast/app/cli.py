@@ -4,15 +4,19 @@ __all__ = ["main"]
 
 import argparse
 import itertools
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .. import info
-from ..samplers import SAMPLERS
+from .. import info, samplers
+
+if TYPE_CHECKING:
+    from ..training.config import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,23 +24,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command is info.main:
         return info.main()
     try:
-        from ..training import checkpoint, config, data, trainer
+        from ..training import checkpoint, config, data, pictures, run
     except ModuleNotFoundError as error:
         sys.exit(f'ddpm-fast {options.name} needs {error.name}: pip install "ddpm_fast[train]"')
+    expected = (config.ConfigError, data.DataError, checkpoint.CheckpointError, pictures.PictureError)
     try:
         return options.command(options)
-    except (config.ConfigError, data.DataError, checkpoint.CheckpointError, trainer.RunError, OSError) as error:
+    except (*expected, run.RunError, OSError) as error:
         sys.exit(f"ddpm-fast {options.name}: {error}")
+    except RuntimeError as error:
+        # PyTorch raises this in the middle of any step, from a signal handler, when a process that loads images dies.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        sys.exit(f"ddpm-fast {options.name}: a process that loads images has failed: {error}")
     except KeyboardInterrupt as interrupt:
         print(f"\nddpm-fast {options.name}: {str(interrupt) or 'stopped'}", file=sys.stderr)
-        sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))  # as shells report a program that a signal ended
+        # The exit status with which shells report a program that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM.
+        sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))
 
 
 def demo(options: argparse.Namespace) -> None:
+    from ..training.config import expanded
     from . import demo
 
     started = time.perf_counter()
-    folder = _unused(options.out)
+    folder = _unused(expanded(options.out))
     metrics = demo.run(folder).metrics
     share, counts = metrics["recognised_share"], metrics["recognised_digits"]
     print(f"\nloss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s in training")
@@ -50,7 +62,9 @@ def train(options: argparse.Namespace) -> None:
     from ..training.run import pictures_are_due, write_pictures
 
     chosen = config.load(options.config)
-    folder = options.out or Path("runs", Path(options.config).stem)
+    folder = _folder_of_run(config.expanded(options.config), chosen) if options.out is None else options.out
+    folder = config.expanded(folder)
+    print(f"{'continuing the run in' if options.resume else 'training into'} {folder}")
     run = trainer.train(chosen, folder, resume=options.resume)
     if pictures_are_due(run):
         write_pictures(run, seed=chosen.seed)
@@ -58,16 +72,17 @@ def train(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    from ..training import trainer
+    from ..training.config import expanded
+    from ..training.run import load_run
     from .generate import write_samples
 
-    run = trainer.load_run(options.run)
+    run = load_run(expanded(options.run))
     chosen = {name: getattr(options, name) for name in ("n", "seed", "sampler", "steps")}
     try:
-        written = write_samples(run, options.out, **chosen)
+        written = write_samples(run, expanded(options.out), **chosen)
     except ValueError as error:
         sys.exit(f"ddpm-fast sample: {error}")
-    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started, one speaks
+    if os.environ.get("RANK", "0") == "0":  # of several processes that a launcher started, the first one prints
         print(written)
 
 
@@ -78,8 +93,25 @@ def estimate(options: argparse.Namespace) -> None:
     print(estimate(config.load(options.config)))
 
 
+def _folder_of_run(path: Path, chosen: "RunConfig") -> Path:
+    """runs/NAME for the config NAME or NAME.json. For the config.json that a run has written, the folder of that run.
+
+    Raises:
+        ConfigError: the name cannot be that of a folder.
+    """
+    from ..training import config, data
+
+    if path.name == "config.json" and path.is_file():
+        has_all_keys = json.loads(path.read_bytes()) == chosen.model_dump(mode="json")  # only a run writes all
+        if has_all_keys or data.is_run(os.listdir(path.parent)):
+            return path.parent
+    if not path.stem.strip("."):
+        raise config.ConfigError(f"{path}: a folder cannot have the name {path.stem!r}; choose a folder with --out")
+    return Path("runs", path.stem)
+
+
 def _unused(folder: Path) -> Path:
-    """The folder, or one numbered after it: a demo is run again and again, and no run is overwritten."""
+    """The folder, or if it exists, the same name with a number: the demo never overwrites an earlier run."""
     numbered = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
     return next(path for path in itertools.chain([folder], numbered) if not path.exists())
 
@@ -101,31 +133,40 @@ def _parser() -> argparse.ArgumentParser:
     p = command(demo, "demo", "Train on scanned digits and sample, in three minutes on a laptop's CPU.")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
 
-    p = command(train, "train", "Train a model as a config says.")
+    p = command(train, "train", "Train a model as described by a config.")
     config_argument(p)
-    p.add_argument("--out", type=Path, help="folder to write (default: runs/ and the config's name)")
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help="folder to write (default: runs/NAME for NAME.json; for the config.json of a run, the folder of the run)",
+    )
+    p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the folder")
 
     p = command(sample, "sample", "Sample images from a trained model.")
     p.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or one of its checkpoints")
-    p.add_argument("-n", type=int, default=64, help="how many (default: %(default)s)")
+    p.add_argument("-n", type=int, default=64, help="number of images (default: %(default)s)")
     p.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="image i of a seed is the same however many there are (default: 0)",
+        help="image i of a seed does not depend on how many are sampled (default: 0)",
     )
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm for all steps; for fewer, dpmpp_2m with --steps")
-    p.add_argument("--steps", type=int, help="default: as the run's config says, with ddpm, or ddim if fewer than all")
+    p.add_argument(
+        "--sampler",
+        choices=tuple(samplers.SAMPLERS),
+        help="default: diffusion.sampler of the run's config; if that is null, ddpm for all steps, and for fewer, "
+        "dpmpp_2m with --steps and ddim without",
+    )
+    p.add_argument("--steps", type=int, help="default: diffusion.sampling_timesteps of the run's config")
     p.add_argument(
         "--out",
         type=Path,
         default=Path("samples.png"),
-        help="NAME.png for a grid (default: %(default)s), else a folder with one PNG an image",
+        help="NAME.png for a grid (default: %(default)s), else a folder for one PNG file per image",
     )
 
-    command(info.main, "info", "Versions, devices and backends, and why one is missing.")
+    command(info.main, "info", "Versions, devices and backends, and why a backend is missing.")
 
-    p = command(estimate, "estimate", "Seconds and memory of a training step, measured over a few.")
+    p = command(estimate, "estimate", "Measure the time and the memory of a training step.")
     config_argument(p)
     return parser

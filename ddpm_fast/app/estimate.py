@@ -1,8 +1,7 @@
-"""What a run will cost, from a few real steps of it."""
+"""The time and the memory that a run will take, measured over a few of its steps."""
 
-__all__ = ["Kept", "estimate"]
+__all__ = ["SavedActivations", "estimate"]
 
-import resource
 import statistics
 import sys
 import time
@@ -16,19 +15,22 @@ from torch.utils._pytree import tree_leaves
 from ..training.config import RunConfig, build_diffusion
 from ..training.trainer import autocast, make_optimizer, pick_device
 
-SECONDS = 10  # about how long the timed steps take together
-STEPS = 4  # timed
+SECONDS = 10  # that the timed steps take together, approximately
+STEPS = 4  # that are timed
 
 
 def estimate(config: RunConfig) -> str:
-    """Times real training steps on random images of the config's size.
+    """Times training steps on random images of the config's size.
 
-    A batch that would take too long here is measured with fewer images: the time then scales with the batch.
-    Memory is counted: weights, gradient, two moments and average, and what autograd keeps an image. The peak of
-    the steps, which also holds what lives for one operation, is told beside it.
+    If a step with the config's batch size would take too long, fewer images are used and the time is scaled by the
+    number of images. The memory is a sum: weights, gradient, two moments and average, plus what autograd saves for
+    each image. The peak memory during the steps, which includes temporary tensors, is given as well.
 
     Returns:
-        Some lines to print.
+        The results as lines of text.
+
+    Raises:
+        ConfigError: the values of the config are valid each, but not together.
     """
     device, batch = pick_device(), config.training.batch_size
     diffusion = build_diffusion(config).to(device)
@@ -43,12 +45,13 @@ def estimate(config: RunConfig) -> str:
         with autocast(device, config.training):
             return diffusion(data)
 
-    def kept_for(data: torch.Tensor) -> int:
-        with Kept() as memory:
+    def saved_for(data: torch.Tensor) -> int:
+        with SavedActivations() as memory:
             loss = loss_of(data)
         return memory.bytes if loss.requires_grad else 0
 
-    kept = kept_for(images(2)) - kept_for(images(1))  # without what is kept once, such as weights in bfloat16
+    # The difference excludes what is saved once for all images, such as weights in bfloat16.
+    saved = saved_for(images(2)) - saved_for(images(1))
 
     def step(n: int) -> float:
         data = images(n)
@@ -60,11 +63,11 @@ def estimate(config: RunConfig) -> str:
             torch.accelerator.synchronize()
         return time.perf_counter() - started
 
-    step(1)  # the first one also sets things up
+    step(1)  # not timed: the first step allocates memory and loads kernels
     n = max(1, min(batch, int(SECONDS / STEPS / step(1))))
     step(n)
     seconds = statistics.median(step(n) for _ in range(STEPS)) * batch / n
-    memory = parameters * 4 * 5 + kept * batch
+    memory = parameters * 4 * 5 + saved * batch
     scaled = "" if n == batch else f", scaled from batches of {n}"
     weights = f"{parameters * 20 / 2**30:.2f} for weights, gradient, moments and average"
     lines = {
@@ -72,14 +75,19 @@ def estimate(config: RunConfig) -> str:
         "device": device,
         "step": f"{seconds:.3g} s for {batch} images{scaled}",
         "run": f"{_duration(seconds * config.training.steps)} for {config.training.steps:,} steps",
-        "memory": f"at least {memory / 2**30:.2f} GiB: {weights}, and {kept / 2**20:.1f} MiB an image",
-        "peak": f"{_peak_bytes(device) / 2**30:.2f} GiB reached here, with {n} images",
+        "memory": f"at least {memory / 2**30:.2f} GiB: {weights}, and {saved / 2**20:.1f} MiB for each image",
+        "peak": _peak(device, n),
     }
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
 
 
-class Kept(TorchDispatchMode):
-    """The memory that was allocated within the context and is still in use: what a forward pass keeps for backward."""
+class SavedActivations(TorchDispatchMode):
+    """Counts the memory that is allocated within the context and still in use, which after a forward pass is what
+    autograd has saved for the backward pass.
+
+    Attributes:
+        bytes: in use now.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,12 +106,20 @@ class Kept(TorchDispatchMode):
         return sum(size for storage, size in self._sizes.items() if not storage.expired())
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """The most that this process has held: on the CPU, PyTorch itself included."""
-    if device.type == "cpu":
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return kilobytes * (1 if sys.platform == "darwin" else 1024)
-    return torch.accelerator.max_memory_allocated(device)
+Kept = SavedActivations  # its former name
+
+
+def _peak(device: torch.device, images: int) -> str:
+    """The most memory that this process has used, on the CPU including PyTorch itself."""
+    if device.type != "cpu":
+        peak = torch.accelerator.max_memory_allocated(device)
+    else:
+        try:
+            import resource
+        except ImportError:
+            return "not measured on this operating system"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 2**30:.2f} GiB during these steps, with {images} images"
 
 
 def _duration(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""From a JSON file to a trained model: what the command line runs."""
+"""Training: configs, data, checkpoints, and the runs that they make up."""

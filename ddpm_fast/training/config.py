@@ -1,24 +1,41 @@
-"""A run as one JSON file, checked before anything starts."""
+"""The configuration of a run: one JSON file, validated before training starts."""
 
-__all__ = ["ConfigError", "RunConfig", "build_diffusion", "load"]
+__all__ = ["ConfigError", "RunConfig", "build_diffusion", "check", "expanded", "load"]
 
 import json
+from collections.abc import Collection
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
+from .. import ops, parameterization, samplers, schedules
 from ..diffusion import GaussianDiffusion
 from ..nn.unet import UNet
 
 
 class ConfigError(ValueError):
-    """What is wrong with a config, a line for each key."""
+    """The config cannot be used. The message has one line for each invalid key."""
+
+
+def _name_in(registry: Collection[str]) -> AfterValidator:
+    """Validates that a string is a name in `registry`, which is read at validation: names added later are valid."""
+
+    def check(name: str) -> str:
+        if name not in registry:
+            raise PydanticCustomError("name", "one of {names}", {"names": ", ".join(registry)})
+        return name
+
+    return AfterValidator(check)
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+AnyPath = Annotated[Path, Field(strict=False)]  # in Python, a string as well
 
 
 class DigitsData(_Section):
@@ -29,35 +46,35 @@ class DigitsData(_Section):
 
 
 class IdxData(_Section):
-    """Images in one IDX file, as MNIST and Fashion-MNIST ship them, gzipped or not."""
+    """The images in one IDX file, the format of MNIST and Fashion-MNIST, optionally gzipped."""
 
     name: Literal["idx"]
-    path: Path
+    path: AnyPath
     flip: bool = False
 
 
 class Cifar10Data(_Section):
-    """CIFAR-10 through torchvision, downloaded to `path` where it is not there."""
+    """CIFAR-10 through torchvision, downloaded to `path` unless it is there already."""
 
     name: Literal["cifar10"]
-    path: Path = Path("data")
+    path: AnyPath = Path("data")
     flip: bool = True
 
 
 class CelebAData(_Section):
-    """CelebA through torchvision, downloaded to `path` where it is not there; cropped to a square."""
+    """CelebA through torchvision, downloaded to `path` unless it is there already; cropped to a square."""
 
     name: Literal["celeba"]
-    path: Path = Path("data")
+    path: AnyPath = Path("data")
     image_size: int = Field(gt=0)
     flip: bool = True
 
 
 class FolderData(_Section):
-    """All images below a folder, resized and cropped to a square."""
+    """All images in a folder and its subfolders, resized and cropped to a square."""
 
     name: Literal["folder"]
-    path: Path
+    path: AnyPath
     image_size: int = Field(gt=0)
     channels: Literal[1, 3] = 3
     flip: bool = False
@@ -70,7 +87,7 @@ DataConfig = Annotated[
 
 
 class ModelConfig(_Section):
-    """The arguments of `UNet`, over those of a preset."""
+    """The arguments of `UNet`. With `preset`, they override those of the preset."""
 
     preset: str | None = None
     image_size: int | None = Field(None, gt=0)
@@ -87,17 +104,22 @@ class ModelConfig(_Section):
 
 
 class DiffusionConfig(_Section):
-    """The arguments of `GaussianDiffusion`. The defaults are those of Ho et al. (2020), not of the class."""
+    """The arguments of `GaussianDiffusion`. The defaults are those of Ho et al. (2020), not of the class.
+
+    Names are validated against the registries of the package, so that objectives, schedules, variances, loss weights
+    and samplers that another package has registered can be used in a config.
+    """
 
     timesteps: int = Field(1000, gt=0)
     sampling_timesteps: int | None = Field(None, gt=0)
-    objective: Literal["pred_noise", "pred_x0", "pred_v", "pred_mean"] = "pred_noise"
-    beta_schedule: str = "linear"
+    sampler: Annotated[str, _name_in(samplers.SAMPLERS)] | None = None
+    objective: Annotated[str, _name_in(parameterization.OBJECTIVES)] = "pred_noise"
+    beta_schedule: Annotated[str, _name_in(schedules.SCHEDULES)] = "linear"
     schedule_fn_kwargs: dict[str, float] = {}
-    variance: Literal["posterior", "beta"] = "posterior"
+    variance: Annotated[str, _name_in(parameterization.VARIANCES)] = "posterior"
     clip_denoised: bool | tuple[float, float] = True
-    loss_type: Literal["l2", "l1", "huber"] = "l2"
-    loss_weight: Literal["simple", "snr", "min_snr", "vlb"] = "snr"
+    loss_type: Annotated[str, _name_in(ops.LOSS_TYPES)] = "l2"
+    loss_weight: Annotated[str, _name_in(parameterization.LOSS_WEIGHTS)] = "l_simple"
     min_snr_gamma: float = Field(5.0, gt=0)
     ddim_sampling_eta: float = Field(0.0, ge=0)
 
@@ -106,15 +128,18 @@ class TrainingConfig(_Section):
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     lr: float = Field(gt=0)
-    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
-    cosine_decay: bool = Field(False, description="let the learning rate fall to 0 at the last step")
+    warmup: int = Field(0, ge=0, description="number of steps over which the learning rate rises from 0")
+    cosine_decay: bool = Field(False, description="decay the learning rate to 0 at the last step")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float | None = Field(1.0, gt=0, description="bound of the gradient's norm")
+    grad_clip: float | None = Field(1.0, gt=0, description="upper bound of the gradient's norm")
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network's arithmetic; weights stay fp32")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network's computation; weights are fp32")
     save_every: int = Field(5000, gt=0)
     sample_every: int = Field(5000, gt=0)
+    workers: int | None = Field(
+        None, ge=0, description="processes that decode image files; null: chosen by the number of cores; 0: none"
+    )
 
 
 class RunConfig(_Section):
@@ -125,26 +150,42 @@ class RunConfig(_Section):
     training: TrainingConfig
 
 
-def load(path: str | Path) -> RunConfig:
-    """Reads a config: a file, or the name of one that is shipped, such as `digits`.
+def expanded(path: str | Path) -> Path:
+    """`path` with a leading `~` or `~user` replaced by the home folder.
 
     Raises:
-        ConfigError: no such file, no JSON, or, a line each: an unknown key, a missing one, a value not allowed.
+        ConfigError: there is no such home folder.
     """
-    path = Path(path)
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no home folder for the `~` of this path") from None
+
+
+def load(path: str | Path) -> RunConfig:
+    """Reads a config from a JSON file, or a config that ships with the package by its name, such as `digits`.
+
+    Raises:
+        ConfigError: the file does not exist or is not JSON, or, with one line each, keys that are unknown, missing
+            or have a value that is not allowed.
+    """
+    path = expanded(path)
     shipped = {Path(f.name).stem: f for f in (files("ddpm_fast") / "configs").iterdir()}
     if not path.is_file() and str(path) not in shipped:
         raise ConfigError(f"{path}: no such file, and none of the shipped configs: {', '.join(sorted(shipped))}")
+    content = (path if path.is_file() else shipped[str(path)]).read_bytes()
     try:
-        text = (path if path.is_file() else shipped[str(path)]).read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=_once)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        # Given bytes, json.loads finds the encoding: UTF-8, with a byte order mark or without, UTF-16 or UTF-32.
+        values = json.loads(content, object_pairs_hook=_with_distinct_keys, parse_constant=_refuse_constant)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     return check(values, path)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must differ: the later of two would win in silence."""
+def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. A key that is given twice is an error: one of the values would be ignored."""
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -152,17 +193,31 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _refuse_constant(literal: str) -> NoReturn:
+    raise ConfigError(f"{literal} is not JSON, and no key takes it; needed: a finite number")
+
+
 def check(values: Any, source: str | Path = "config") -> RunConfig:
-    """Makes a `RunConfig` of decoded JSON."""
+    """Validates decoded JSON.
+
+    Args:
+        source: named at the beginning of each line of an error.
+
+    Raises:
+        ConfigError: with one line each, keys that are unknown, missing or have a value that is not allowed.
+    """
     try:
-        return RunConfig.model_validate_json(json.dumps(values))  # strict, but a list is JSON's tuple
+        # Validated as JSON again: strict mode then takes a list for a tuple and a string for a path.
+        return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
         lines = [_explain(values, e) for e in error.errors()]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
 def _explain(values: Any, error: dict) -> str:
-    """One line: the key, what was given, what is allowed."""
+    """One line of an error message: the key, what was given, and what is allowed."""
+    if error["type"] == "json_invalid":  # such as a lone surrogate in a string
+        return f"the file: {error['msg']}"
     tags = {get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(get_args(DataConfig)[0])}
     path = [part for part in error["loc"] if not (error["loc"][0] == "data" and part in tags)]
     key = ".".join(map(str, path)) or "the file"
@@ -177,7 +232,7 @@ def _explain(values: Any, error: dict) -> str:
 
 
 def _allowed(values: Any, path: list) -> list[str]:
-    """The keys of the section at a path."""
+    """The keys that the section at `path` may have."""
     section: Any = RunConfig
     for part in path:
         section = section.model_fields[part].annotation
@@ -189,10 +244,10 @@ def _allowed(values: Any, path: list) -> list[str]:
 
 
 def build_diffusion(config: RunConfig) -> GaussianDiffusion:
-    """The network and the diffusion around it, with fresh weights.
+    """A `GaussianDiffusion` around a `UNet` with new, random weights.
 
     Raises:
-        ConfigError: arguments that do not fit one another.
+        ConfigError: the values are valid each, but not together.
     """
     arguments = config.model.model_dump(exclude_none=True)
     preset = arguments.pop("preset", None)
@@ -202,5 +257,5 @@ def build_diffusion(config: RunConfig) -> GaussianDiffusion:
         raise ConfigError(f"model: {error}") from None
     try:
         return GaussianDiffusion(model, image_size=model.image_size, **config.diffusion.model_dump())
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"diffusion: {error}") from None

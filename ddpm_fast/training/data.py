@@ -1,6 +1,6 @@
-"""Images as uint8 batches, (N, C, H, W).
+"""The data set of a run: images as uint8 batches, (N, C, H, W).
 
-A data set has a length, and a list of indices gives a batch: `data[[3, 1, 4]]`.
+A data set has a length, and indexing it with a list gives a batch: `data[[3, 1, 4]]`.
 """
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ShuffledBatches",
     "batches",
     "fingerprint",
+    "is_run",
     "open_data",
     "read_idx",
 ]
@@ -17,27 +18,31 @@ __all__ = [
 import gzip
 import hashlib
 import math
-import signal
+import os
 import struct
-from collections.abc import Iterator
+import sys
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from ..info import cores
-from ..noise import derive_seed
-from .config import CelebAData, Cifar10Data, DataConfig, DigitsData, FolderData, IdxData
+from .config import CelebAData, Cifar10Data, DataConfig, DigitsData, FolderData, IdxData, expanded
+from .image_files import ENDINGS, DataError, ImageFiles
+from .loading import ShuffledBatches, batches
 
-ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-ORDER = 0  # what a run's seed is used for: the order of the images
-
-
-class DataError(ValueError):
-    """What is wrong with the data, and in which file."""
+NOT_DATA = ("$RECYCLE.BIN", "@eaDir", "__MACOSX")  # created by Windows, Synology and macOS; they hold copies of images
+# What a training run writes into its folder.
+OF_A_RUN = {"checkpoints", "config.json", "denoising.png", "loss.png", "metrics.json", "previews", "samples.png"}
+GZIP_MAGIC = b"\x1f\x8b"
+GZIP_MAX_RATIO = 1032  # DEFLATE represents at most 258 bytes by two bits
+HASHED_BYTES = 64 * 2**20  # a fingerprint reads the files of a smaller folder completely
+HASHED_FILES, HASHED_BEGINNING = 256, 64 * 2**10  # and so many bytes of so many files of a larger one
 
 
 class ImageTensor(Dataset):
@@ -53,127 +58,101 @@ class ImageTensor(Dataset):
         return self.images[indices]
 
 
-class ImageFiles(Dataset):
-    """Image files, decoded when asked for: the shorter side resized to `image_size`, the centre cropped.
-
-    Args:
-        paths: the files.
-        image_size: H = W.
-        channels: 3 for RGB, 1 for grey.
-    """
-
-    def __init__(self, paths: list[Path], image_size: int, channels: int = 3) -> None:
-        self.paths, self.image_size, self.channels = paths, image_size, channels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, indices: list[int]) -> Tensor:
-        return torch.stack([self._read(self.paths[i]) for i in indices])
-
-    def _read(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                image = _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # as decoders do
-            raise DataError(f"{path}: not a readable image ({error})") from None
-        image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
-        return pixels.reshape(self.image_size, self.image_size, self.channels).permute(2, 0, 1)
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Pixels in 0 ... 255 on an opaque ground; Pillow's own conversion clips 16 bits and drops transparency."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}: 32-bit pixels have no known range; save it with 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
-
-
-class ShuffledBatches(Sampler[list[int]]):
-    """The indices of each training step, epoch after epoch, each in its own order.
-
-    The batch of a step depends on the seed and the step alone, so that a run can go on where it stopped.
-    """
-
-    def __init__(self, length: int, batch_size: int, *, seed: int, first_step: int, last_step: int) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.first_step, self.last_step = first_step, last_step
-
-    def __len__(self) -> int:
-        return self.last_step - self.first_step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, []
-        for step in range(self.first_step, self.last_step):
-            batch = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
-                    order = torch.randperm(self.length, generator=generator).tolist()
-                batch.append(order[position % self.length])
-            yield batch
-
-
-def batches(data: Dataset, sampler: ShuffledBatches) -> Iterator[Tensor]:
-    """The batches of a run, uint8, (N, C, H, W); files are decoded by other processes."""
-    workers = min(8, cores()) if isinstance(data, ImageFiles) else 0
-    loader = DataLoader(
-        data,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupt,
-    )
-    try:
-        yield from loader
-    except DataError as error:
-        # From another process it comes with that one's traceback, and the message last.
-        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """These signals may reach every process of a job, but the training decides when to stop."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def fingerprint(data: Dataset) -> str:
-    """Identifies the images of a data set, wherever they are: their pixels in memory, or names and sizes of files."""
-    if isinstance(data, ImageFiles):
-        content = repr([(path.name, path.stat().st_size) for path in data.paths]).encode()
-    else:
-        content = repr(tuple(data.images.shape)).encode() + data.images.contiguous().numpy().tobytes()
-    return f"{len(data)}-{hashlib.sha256(content).hexdigest()[:16]}"
-
-
-def open_data(config: DataConfig) -> Dataset:
+def open_data(config: DataConfig) -> ImageTensor | ImageFiles:
     """The data set that a config names.
 
     Raises:
-        DataError: files that are missing, empty or not what they should be.
+        DataError: files are missing, empty, or not in the format that the config says.
     """
     match config:
         case DigitsData():
             return ImageTensor(_digits())
         case IdxData():
-            return ImageTensor(read_idx(config.path)[:, None])
+            return ImageTensor(read_idx(expanded(config.path))[:, None])
         case Cifar10Data():
-            pixels = _torchvision().CIFAR10(config.path, train=True, download=True).data  # (N, H, W, C)
+            pixels = _torchvision("CIFAR10", expanded(config.path), train=True).data  # (N, H, W, C)
             return ImageTensor(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         case CelebAData():
-            celeba = _torchvision().CelebA(config.path, split="train", download=True)
+            celeba = _torchvision("CelebA", expanded(config.path), split="train")
             folder = Path(celeba.root, celeba.base_folder, "img_align_celeba")
             return ImageFiles([folder / name for name in celeba.filename], config.image_size)
         case FolderData():
-            return ImageFiles(_find_images(config.path), config.image_size, config.channels)
+            return ImageFiles(_find_images(expanded(config.path)), config.image_size, config.channels)
+
+
+def _find_images(folder: Path) -> list[Path]:
+    """The image files in a folder and its subfolders, sorted by their names. Prints what was found to stderr.
+
+    Links to files and folders are followed; a folder that is reached again by a link is read once. Not taken are
+    hidden files and folders, such as .ipynb_checkpoints, and the folders of training runs, recognised by two
+    of the names in them. If `folder` itself is one, the pictures that the run has written are not taken.
+
+    Raises:
+        DataError: there is no such folder, no image in it, a folder that cannot be read, or a link to a file that does
+            not exist.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    found: list[Path] = []
+    skipped: dict[str, list[str]] = {}
+    visited: set[str] = set()
+
+    def skip(why: str, path: Path) -> None:
+        skipped.setdefault(why, []).append(str(path.relative_to(folder)))
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        here = Path(name)
+        of_run = OF_A_RUN if is_run(folders + files) else set()
+        real = os.path.realpath(here)
+        if real in visited or (of_run and here != folder):
+            skip("folders reached again by a link" if real in visited else "folders of training runs", here)
+            folders.clear()
+            continue
+        visited.add(real)
+        for hidden in sorted(filter(_is_hidden, folders)):
+            skip("hidden files and folders", here / hidden)
+        folders[:] = sorted(f for f in folders if not _is_hidden(f) and f not in of_run)
+        for file in sorted(files):
+            path = here / file
+            if path.suffix.lower() not in ENDINGS:
+                if not _is_hidden(file):
+                    skip("files of other kinds", path)
+            elif _is_hidden(file):
+                skip("hidden files and folders", path)
+            elif file in of_run:
+                skip("pictures of a training run", path)
+            elif path.is_file():
+                found.append(path)
+            elif path.is_symlink():
+                raise DataError(f"{path}: a link to {os.readlink(path)}, which does not exist")
+            else:
+                skip("not files", path)
+    if not found:
+        message = f"{folder}: no images in this folder or its subfolders; looked for {', '.join(ENDINGS)}"
+        raise DataError(message + _list(skipped))
+    print(f"{folder}: {len(found):,} image{'s' if len(found) > 1 else ''}{_list(skipped)}", file=sys.stderr)
+    return sorted(found, key=lambda path: path.parts)
+
+
+def is_run(names: list[str]) -> bool:
+    """Whether a folder with these files and folders is taken to be that of a training run."""
+    return len(OF_A_RUN.intersection(names)) > 1
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in NOT_DATA
+
+
+def _list(skipped: dict[str, list[str]]) -> str:
+    """What was skipped and why, with three examples of each."""
+    reasons = [
+        f"{why}: {len(names):,} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for why, names in skipped.items()
+    ]
+    return f"; skipped {', '.join(reasons)}" if reasons else ""
 
 
 def _digits() -> Tensor:
@@ -182,8 +161,22 @@ def _digits() -> Tensor:
     return torch.from_numpy((load_digits().images * (255 / 16)).round().astype(np.uint8))[:, None]
 
 
-def read_idx(path: Path, axes: int = 3) -> Tensor:
+def _torchvision(name: str, path: Path, **arguments: Any) -> Any:
+    """A data set of torchvision, downloaded to `path` unless it is there already."""
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another version of torch
+        raise DataError(f'this data set needs torchvision: pip install "ddpm_fast[vision]" ({error})') from None
+    try:
+        return getattr(datasets, name)(path, download=True, **arguments)
+    except (ImportError, OSError, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: {name} cannot be loaded: {error}") from None
+
+
+def read_idx(path: str | Path, axes: int = 3) -> Tensor:
     """The bytes of an IDX file, as http://yann.lecun.com/exdb/mnist describes it, gzipped or not.
+
+    No more is decompressed than the header of the file says.
 
     Args:
         axes: 3 for images, 1 for labels.
@@ -192,39 +185,80 @@ def read_idx(path: Path, axes: int = 3) -> Tensor:
         (N, H, W) or (N,), uint8.
 
     Raises:
-        DataError: no such file, not an IDX file of bytes with so many axes, or a truncated one.
+        DataError: there is no such file, it is not an IDX file of bytes with so many axes, or it has fewer or more
+            bytes than its header says.
     """
     try:
-        raw = Path(path).read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError) as error:
+        with open(path, "rb") as file:
+            stored = os.fstat(file.fileno()).st_size
+            is_gzip = file.read(2) == GZIP_MAGIC
+            file.seek(0)
+            if is_gzip:
+                return _read_idx(gzip.GzipFile(fileobj=file), stored * GZIP_MAX_RATIO, axes)
+            return _read_idx(file, stored, axes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    magic = bytes([0, 0, 8, axes])  # 8: bytes
-    if raw[:4] != magic:
+
+
+def _read_idx(stream: BinaryIO, most: int, axes: int) -> Tensor:
+    """The content of an IDX file that can have `most` bytes."""
+    magic = bytes([0, 0, 8, axes])  # 8: unsigned bytes
+    header = stream.read(4 + 4 * axes)
+    if header[:4] != magic:
         kind = "images" if axes == 3 else "labels"
-        raise DataError(
-            f"{path}: not an IDX file of {kind}: it begins with {raw[:4].hex(' ')}, needed {magic.hex(' ')}"
-        )
-    header = 4 + axes * 4
-    shape = struct.unpack(f">{axes}I", raw[4:header]) if len(raw) >= header else (0,) * axes
-    if len(raw) - header != math.prod(shape) or not math.prod(shape):
-        raise DataError(f"{path}: truncated: {len(raw) - header} bytes of data for the shape {shape}")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
+        raise DataError(f"not an IDX file of {kind}: it begins with {header[:4].hex(' ')}, needed {magic.hex(' ')}")
+    if len(header) < 4 + 4 * axes:
+        raise DataError("truncated: the header ends before it gives the shape")
+    shape = struct.unpack(f">{axes}I", header[4:])
+    size = math.prod(shape)
+    if not size:
+        raise DataError(f"empty: its shape is {shape}")
+    if size > most:
+        raise DataError(f"truncated: the shape {shape} takes {size:,} bytes, and the file cannot hold over {most:,}")
+    content = np.empty(size, np.uint8)
+    done = 0
+    while count := stream.readinto(memoryview(content)[done:]):
+        done += count
+    if done < size:
+        raise DataError(f"truncated: {done:,} bytes of data for the shape {shape}, which takes {size:,}")
+    if stream.read(1):
+        raise DataError(f"more data than the shape {shape} takes, {size:,} bytes")
+    return torch.from_numpy(content.reshape(shape))
 
 
-def _find_images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.name[0] != "." and p.is_file())
-    if not paths:
-        raise DataError(f"{folder}: no images in this folder or below; looked for {', '.join(ENDINGS)}")
-    return paths
+def fingerprint(data: ImageTensor | ImageFiles) -> str:
+    """Identifies the images of a data set: another fingerprint means other images or another order.
 
+    It does not depend on the place of the files, nor on their dates, so a copy of a folder has the fingerprint of the
+    folder. For images in memory it is a hash of all pixels. For image files it is a hash of their number, their names
+    below the folder that they have in common and their sizes; and of their contents if these are at most 64 MiB, else
+    of the first 64 KiB of 256 files, evenly spread: reading all would take hours for a large data set. A change of the
+    pixels of a file that keeps its size can therefore be missed in a large folder.
 
-def _torchvision():
+    Returns:
+        The kind of data and 32 hexadecimal digits.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    if isinstance(data, ImageTensor):
+        images = np.ascontiguousarray(data.images.numpy())
+        digest = hashlib.sha256(repr(images.shape).encode())
+        digest.update(images)
+        return f"images:{digest.hexdigest()[:32]}"
+    root = os.path.commonpath([path.parent for path in data.paths])
+    digest = hashlib.sha256()
     try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:  # RuntimeError: made for another torch
-        raise DataError(f'this data set needs torchvision: pip install "ddpm_fast[vision]" ({error})') from None
-    return datasets
+        sizes = [path.stat().st_size for path in data.paths]
+        for path, size in zip(data.paths, sizes, strict=True):
+            name = str(path)[len(root) :].lstrip(os.sep).replace(os.sep, "/")  # relative_to takes ten times as long
+            digest.update(os.fsencode(name) + b"\0%d\0" % size)
+        small = sum(sizes) <= HASHED_BYTES
+        for path in data.paths if small else data.paths[:: math.ceil(len(data) / HASHED_FILES)]:
+            with open(path, "rb") as file:
+                digest.update(file.read() if small else file.read(HASHED_BEGINNING))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    return f"files:{digest.hexdigest()[:32]}"

@@ -1,8 +1,10 @@
-"""PNG files: grids of images, and the course of the loss."""
+"""Picture files: images, grids of images, and the curve of the loss."""
 
-__all__ = ["save_grid", "save_images", "save_loss", "to_uint8"]
+__all__ = ["PictureError", "save_grid", "save_images", "save_loss", "to_uint8"]
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,8 +12,25 @@ from PIL import Image
 from torch import Tensor
 
 
+class PictureError(ValueError):
+    """The values cannot be shown."""
+
+
 def to_uint8(images: Tensor) -> Tensor:
-    """[0, 1] to 0 ... 255, rounded to the nearest, what lies outside clipped."""
+    """Rounds [0, 1] to the nearest of 0 ... 255, on the CPU. Values outside [0, 1] are clipped.
+
+    Args:
+        images: (N, C, H, W).
+
+    Raises:
+        PictureError: a value is NaN or infinite.
+    """
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise PictureError(
+            f"{int((~finite).sum())} of {len(images)} images have values that are NaN or infinite, which no picture "
+            "can show. If a model has sampled them, its weights are probably not finite: the training has diverged"
+        )
     return (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
@@ -21,22 +40,32 @@ def _to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-    """`path` is whole or not there, as it was, if the save is interrupted."""
+@contextmanager
+def _replaced(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write, which then takes the place of `path`. After an exception, `path` is as it was."""
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        picture.save(temporary, Image.registered_extensions()[path.suffix.lower()])
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """One picture of many, small ones enlarged to about 48 pixels.
+def _save(picture: Image.Image, path: str | Path) -> None:
+    with _replaced(path) as temporary:
+        picture.save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
+    """Saves a grid of images as one picture. Images of fewer than 48 pixels are enlarged to about that size.
 
     Args:
         images: (N, C, H, W), in [0, 1].
-        columns: of the grid, square if None.
+        columns: the number of columns; None for a square grid.
+
+    Raises:
+        PictureError: a value is NaN or infinite.
     """
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -49,19 +78,38 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     _save(_to_pil(sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)), path)
 
 
-def save_images(images: Tensor, folder: Path, first: int = 0) -> None:
-    """One file an image, numbered from `first`. images: (N, C, H, W), in [0, 1]."""
+def save_images(images: Tensor, folder: str | Path, first: int = 0) -> None:
+    """Saves each image as a PNG file of its own in an existing folder.
+
+    Args:
+        images: (N, C, H, W), in [0, 1].
+        first: the number in the name of the first file.
+
+    Raises:
+        PictureError: a value is NaN or infinite. No file is written.
+    """
     for i, image in enumerate(to_uint8(images), first):
-        _save(_to_pil(image), folder / f"{i:06d}.png")
+        _save(_to_pil(image), Path(folder, f"{i:06d}.png"))
 
 
-def save_loss(history: list[tuple[int, float]], path: Path) -> None:
-    """The loss over the steps, (step, loss) each, on logarithmic axes."""
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+def save_loss(history: list[tuple[int, float]], path: str | Path) -> None:
+    """Plots the loss over the steps on logarithmic axes and saves the plot as a PNG file.
 
+    Args:
+        history: (step, loss) pairs.
+
+    Raises:
+        PictureError: a loss is NaN or infinite.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which needs a display and has global state
+
+    for step, loss in history:
+        if not math.isfinite(loss):
+            raise PictureError(f"the loss at step {step} is {loss}, which no plot can show")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.loglog(*zip(*history, strict=True))
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(which="both", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with _replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

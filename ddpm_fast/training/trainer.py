@@ -28,7 +28,7 @@ from .data import ShuffledBatches, batches, fingerprint, open_data
 from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
 from .pictures import save_grid, save_loss
-from .run import Run, RunError, load_run, pick_device, sample_batches  # noqa: F401
+from .run import Run, RunError, pick_device, sample_batches
 from .signals import Stopped, deferred_signals
 
 STEP = 1  # what the seed is used for: everything that a step draws except the noise
@@ -117,7 +117,7 @@ class Trainer:
         self.diffusion.train()
         self._started = time.perf_counter()
         bar = tqdm(desc="training", total=c.steps, initial=first, unit="step")
-        with deferred_signals() as stopped, bar, closing(batches(self.data, order)) as images:
+        with deferred_signals() as stopped, bar, closing(batches(self.data, order, workers=c.workers)) as images:
             if 0 < first < c.steps and not self._preview_path().exists():
                 self.preview_if_due(stopped)  # the run ended between saving this step and its preview
             while p.step < c.steps:
