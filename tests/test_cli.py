@@ -10,6 +10,7 @@ from test_config import changed
 from ddpm_fast import info, samplers
 from ddpm_fast.app import cli
 from ddpm_fast.training import checkpoint, trainer
+from ddpm_fast.training import run as training_run
 from ddpm_fast.training.config import check
 
 
@@ -54,7 +55,7 @@ def trained_folders(monkeypatch):
         return training_run.Run(folder, config, None, {"loss": 1.0, "images_per_second": 1.0})
 
     monkeypatch.setattr(trainer, "train", train)
-    monkeypatch.setattr(trainer, "write_pictures", lambda run, seed: None)
+    monkeypatch.setattr(training_run, "pictures_are_due", lambda run: False)
     return folders
 
 
@@ -165,7 +166,7 @@ def test_signals_and_failures_of_the_system_are_one_line_and_an_exit_status(
     def interrupted(folder):
         raise raised
 
-    monkeypatch.setattr(trainer, "load_run", interrupted)
+    monkeypatch.setattr(training_run, "load_run", interrupted)
     assert fails(capsys, "sample", str(tmp_path)) == told
 
 
@@ -173,7 +174,7 @@ def test_an_error_of_the_program_itself_keeps_its_traceback(tmp_path, monkeypatc
     def broken(folder):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(trainer, "load_run", broken)
+    monkeypatch.setattr(training_run, "load_run", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         cli.main(["sample", str(tmp_path)])
 
