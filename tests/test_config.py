@@ -102,8 +102,7 @@ def test_a_sampler_and_a_schedule_that_are_registered_later_can_be_used_in_a_con
 def test_the_sampler_of_a_config_is_the_one_that_samples():
     common = {"timesteps": 25, "sampling_timesteps": 5, "clip_denoised": False}
     explicit, configured = (
-        build_diffusion(check(changed(diffusion=common | sampler)))
-        for sampler in ({}, {"sampler": "dpmpp_2m_sde"})
+        build_diffusion(check(changed(diffusion=common | sampler))) for sampler in ({}, {"sampler": "dpmpp_2m_sde"})
     )
     configured.load_state_dict(explicit.state_dict())
     expected = explicit.sample(2, sampler="dpmpp_2m_sde", steps=5, seed=1)
