@@ -1,0 +1,119 @@
+"""Triton's kernels at their edges: addresses and sizes that allow no vectors, extreme numbers, the same bits."""
+
+import importlib
+import subprocess
+import sys
+
+import architectures
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from compiled import simulated
+from kernel_calls import BF16, F32, LAYOUTS, images, make_keys
+
+from ddpm_fast import ops
+from ddpm_fast.ops import reference
+
+everywhere = pytest.mark.parametrize("cc", architectures.chosen)
+
+
+@everywhere
+def test_odd_sizes_and_odd_addresses_are_served(cc):
+    x = torch.randn(2 * 3 * 7 * 9 + 1)[1:].view(2, 3, 7, 9)
+    assert x.data_ptr() % 16
+    t, rows = torch.tensor([1, 0]), torch.rand(2, 2)
+    with simulated(cc):
+        x_t = ops.q_sample(x, t, rows, noise=x)
+    assert torch.equal(x_t, reference.q_sample(x, x, None, t, rows, F32))
+
+
+@everywhere
+def test_noise_is_right_near_u_of_one_and_where_the_counter_wraps(cc):
+    """sqrt(-2 ln u) at u = 1 - 2^-24 is 3.5e-4: an error of an ulp in ln u would be of the same size."""
+    keys = make_keys(16)
+    keys[0, 1] = -2
+    exact = reference.normal(keys, 40_000)
+    assert exact.view(16, -1, 2).square().sum(-1).sqrt().min() < 4e-3
+    with simulated(cc):
+        torch.testing.assert_close(ops.normal(keys, 40_000), exact, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@everywhere
+def test_group_norm_of_a_mean_far_larger_than_the_spread(cc, layout):
+    x = images(2, 12, 20, 20, layout=layout) + 1e5
+    weight, bias = torch.randn(12), torch.randn(12)
+    with simulated(cc):
+        y, mean, rstd = torch.ops.ddpm_fast_triton.group_norm_silu(x, weight, bias, None, None, 4, 1e-5, True)
+    exact, exact_mean, exact_rstd = reference.group_norm_silu(x.double(), weight, bias, None, None, 4, 1e-5, True)
+    half_ulp = 2.0**-8  # of 1e5, to which the mean is rounded
+    assert (mean - exact_mean).abs().max() <= half_ulp
+    torch.testing.assert_close(rstd.double(), exact_rstd, rtol=1e-6, atol=0)
+    # SiLU's slope is at most 1.1
+    bound = 1.1 * half_ulp * exact_rstd.max() * weight.abs().max() + 1e-5
+    assert (y - exact).abs().max() <= bound
+
+
+def test_elements_past_two_to_the_31_are_reached():
+    extent = 2**30 + 1024
+    x_start = torch.from_numpy(np.zeros(2 * extent + 1024, np.uint8))  # whose pages come when they are touched
+    out = torch.from_numpy(np.zeros(2 * extent + 1024, np.uint16)).view(BF16)
+    x_start[2 * extent :] = torch.arange(1024) % 256
+    t, rows, keys = torch.zeros(3, dtype=torch.int64), torch.tensor([[1.0, 0.0]]), make_keys(3)
+    kernel = importlib.import_module("ddpm_fast.ops.triton.q_sample")._q_sample
+    constants = {"LAYOUT": "linear", "LANES": 1, "BLOCK": 1024, "VECTOR": 8, "num_warps": 2, "enable_fp_fusion": False}
+    with simulated(90):
+        kernel[(3, 1, 1)](x_start, None, keys, t, rows, out, 1, extent, 1, **constants)
+    expected = ((torch.arange(1024) % 256).float() * (2 / 255) - 1).bfloat16()
+    assert torch.equal(out[2 * extent :], expected)
+
+
+@everywhere
+def test_a_timestep_outside_the_table_reads_nothing_and_gives_nan(cc):
+    x, keys, rows = images(3, 3, 8, 8), make_keys(3), torch.rand(5, 6)
+    t, op = torch.tensor([4, 5, -1]), torch.ops.ddpm_fast_triton
+    x_next = torch.zeros_like(x)
+    with simulated(cc):
+        op.reverse_step(x, x, None, make_keys(5, 3), None, None, None, t, rows, -1.0, 1.0, x_next, None, None)
+        results = (
+            x_next,
+            op.q_sample(x, None, keys, t, rows[:, :2].contiguous(), F32),
+            op.weighted_loss(x, None, None, keys, t, rows[:, :3].contiguous(), None, 0, 1.0, False)[0],
+            op.weighted_loss(x, x, None, None, t, rows[:, :3].contiguous(), None, 1, 1.0, True)[1],
+            op.vlb_terms(x, x, x, None, t, rows, -1.0, 1.0),
+        )
+    for result in results:
+        assert result[0].isfinite().all()
+        assert result[1:].isnan().all()
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = (
+        "import sys, ddpm_fast; assert 'triton' not in sys.modules, sorted(m for m in sys.modules if 'triton' in m)[:9]"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_sample_has_the_same_bits_in_any_batch_and_in_every_run(layout):
+    """Also where its sums are made of several parts."""
+    x, pred, grad = (images(3, 12, 56, 56, layout=layout) for _ in range(3))
+    keys, t, rows, op = make_keys(3), torch.tensor([2, 0, 1]), torch.rand(3, 6), torch.ops.ddpm_fast_triton
+    weight = torch.randn(12)
+
+    def results(rows_of):
+        x_, pred_, grad_, keys_, t_ = (y[rows_of] for y in (x, pred, grad, keys, t))
+        y, mean, rstd = op.group_norm_silu(x_, weight, weight, None, None, 1, 1e-5, True)
+        gradient = op.group_norm_silu_backward(grad_, x_, mean, rstd, weight, weight, None, None, 1, True)[0]
+        loss = op.weighted_loss(pred_, x_, None, keys_, t_, rows[:, :3].contiguous(), None, 2, 1.0, True)
+        return *loss, op.vlb_terms(x_, x_, pred_, None, t_, rows, -1.0, 1.0), y, mean, rstd, gradient
+
+    with simulated(90) as launched:
+        together, again, alone = results(slice(None)), results(slice(None)), results(slice(1, 2))
+    assert {"_add_parts", "_merge"} <= {one.stats.kernel for one in launched}
+    for first, second, third in zip(together, again, alone, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first[1:2], third)
