@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import threading
 
 import pytest
 import torch
@@ -189,6 +190,22 @@ def test_dropout_drops_each_element_with_its_probability_and_scales_the_others(p
     assert dropout.eval()(x) is x
 
 
+def test_dropout_is_off_within_its_context_and_in_its_thread_alone():
+    dropout, x = Dropout(0.5), torch.ones(2, 4, 8, 8)
+    results = []
+    with layers.without_dropout():
+        assert dropout(x) is x
+        assert dropout.training
+        thread = threading.Thread(target=lambda: results.append(dropout(x)))
+        thread.start()
+        thread.join()
+        with pytest.raises(KeyError), layers.without_dropout():
+            raise KeyError
+        assert dropout(x) is x
+    assert not torch.equal(results[0], x)
+    assert not torch.equal(dropout(x), x)
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_dropout_of_nothing_and_of_all(p):
     x = torch.ones(2, 4, 3, 3)
@@ -227,7 +244,22 @@ def test_inputs_that_do_not_fit_are_refused_when_it_is_called():
         model(torch.randn(1, 3, 16, 18), t)
     with pytest.raises(ValueError, match=r"shape \(1,\), one timestep a sample; got \(2,\)"):
         model(torch.randn(1, 3, 16, 16), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"t must be timesteps, a tensor \(1,\) or one number; got None"):
+        model(torch.randn(1, 3, 16, 16), None)
+    with pytest.raises(ValueError, match=r"t must be on the device of x, cpu; got meta"):
+        model(torch.randn(1, 3, 16, 16), t.to("meta"))
+    with pytest.raises(ValueError, match=r"x must be floating, with images scaled to \[-1, 1\]; got torch.uint8"):
+        model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), t)
+    with pytest.raises(ValueError, match=r"x must be a tensor \(N, 3, H, W\); got list"):
+        model([[0.0]], t)
     assert model(torch.randn(1, 3, 32, 20), t).shape == (1, 3, 32, 20)
+
+
+@pytest.mark.parametrize("one", [7, 7.0, torch.tensor(7), torch.tensor(7.0)])
+def test_one_timestep_can_be_given_for_all_samples(one):
+    model, x = small(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(x, one), model(x, torch.tensor(7).expand(2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

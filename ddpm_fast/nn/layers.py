@@ -1,9 +1,23 @@
 """The blocks of the U-Net. All images are channels-last: (N, C, H, W) with the strides of (N, H, W, C)."""
 
-__all__ = ["Attention", "Downsample", "GroupNorm", "ResidualBlock", "TimeEmbedding", "Upsample", "recomputed"]
+__all__ = [
+    "Attention",
+    "Downsample",
+    "Dropout",
+    "GroupNorm",
+    "ResidualBlock",
+    "TimeEmbedding",
+    "Upsample",
+    "recomputed",
+    "unhooked",
+    "weight_dtype",
+    "without_dropout",
+]
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -151,13 +165,32 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))  # (N, time_dim)
 
 
+_no_dropout: ContextVar[bool] = ContextVar("without_dropout", default=False)
+
+
+@contextmanager
+def without_dropout() -> Iterator[None]:
+    """Within this context, `Dropout` is the identity whatever its `training` flag says, in this thread alone.
+
+    For sampling from a network that another thread trains. torch.compile cannot guard on a context of a thread: in
+    compiled networks, `Dropout` follows its flag.
+    """
+    token = _no_dropout.set(True)
+    try:
+        yield
+    finally:
+        _no_dropout.reset(token)
+
+
 class Dropout(nn.Dropout):
     """nn.Dropout of (N, C, H, W); on a CPU in a seventh of its time, with p rounded to 16 bits.
 
-    PyTorch draws a number of 32 bits for each element there, one by one; here, 64 bits decide on four.
+    PyTorch draws 32 bits for each element there, one after the other; here, 64 random bits serve four elements.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and _no_dropout.get():
+            return x
         levels = 1 << 16
         dropped = round(self.p * levels)
         if not (self.training and 0 < dropped < levels and eager_on_cpu(x)):
@@ -208,7 +241,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, with a residual. One product makes q, k and v."""
+    """Self-attention over all pixels, added to x. One linear layer computes q, k and v."""
 
     def __init__(self, channels: int, *, heads: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -240,7 +273,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles H and W: each pixel four times, then a convolution."""
+    """Doubles H and W: nearest-neighbour upsampling, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -222,6 +222,8 @@ class UNet(nn.Module):
 
     def _check_input(self, x: Tensor, t: Tensor | float) -> Tensor:
         """Returns t as a tensor (N,) on the device of x."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x must be a tensor (N, {self.channels}, H, W); got {type(x).__name__}")
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have the shape (N, {self.channels}, H, W); got {tuple(x.shape)}")
         if not x.is_floating_point():
