@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,3 +418,24 @@ def test_a_network_loaded_by_assignment_trains_on_with_fused_adamw_in_the_same_b
     steps(model, optimizer, 1)
     steps(resumed, moments, 1)
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+
+
+def test_one_graph_serves_all_batch_sizes(monkeypatch):
+    """Of the network itself; the group norm is PyTorch's here."""
+
+    def norm(x, weight, bias, groups, eps, *, silu=True):
+        y = nn.functional.group_norm(x, groups, weight, bias, eps)
+        return nn.functional.silu(y) if silu else y
+
+    monkeypatch.setattr(layers, "ops", SimpleNamespace(group_norm_silu=norm))
+    torch._dynamo.reset()
+    graphs = []
+    model = small(image_size=8, dim=8, dim_mults=(1,), num_res_blocks=1, attention_resolutions=())
+    compiled = torch.compile(
+        model, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True, fullgraph=True
+    )
+    with torch.no_grad():
+        for n in (4, 7, 3):
+            x, t = torch.randn(n, 3, 8, 8), torch.arange(n)
+            assert torch.equal(compiled(x, t), model(x, t))
+    assert len(graphs) == 1
