@@ -1,7 +1,7 @@
-"""Convolutions of small images, for training in bfloat16 on a CPU, with a backward pass that is put together here.
+"""Convolutions of small images in bfloat16 on a CPU, with the gradient of the weight as a matrix product.
 
-The gradient of a filter is a sum over pixels. Where there are few of them, oneDNN's kernel for it takes two to six
-times as long as the product of matrices that it is: of the gradient's pixels, and of what surrounds each pixel.
+The gradient of the weight is a sum over pixels: the product of the output's gradient, (out, pixels), and of the windows
+of x that the filter covers, (pixels, in * window). For few pixels, oneDNN's kernel takes two to six times as long.
 """
 
 __all__ = ["conv2d", "serves"]
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..ops.layout import eager_on_cpu
 
-PIXELS = 64  # of a result, at most: with 16 x 16, oneDNN is the faster one
+PIXELS = 64  # of the output, at most: with 16 x 16, oneDNN is faster
 
 
 def serves(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `conv2d` can stand in for the module and is faster: in eager mode, with gradients."""
+    """Whether `conv2d` computes what the module does, and is faster: in eager mode, with gradients."""
     if not (torch.is_grad_enabled() and conv.weight.requires_grad and eager_on_cpu(x)):
         return False
     if x.dim() != 4 or x.numel() == 0:
@@ -24,7 +24,7 @@ def serves(conv: nn.Conv2d, x: Tensor) -> bool:
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.groups != 1 or conv.dilation != (1, 1):
         return False
     dtypes = {x.dtype, conv.weight.dtype}
-    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:  # which autocast leaves alone
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:  # autocast does not convert float64
         dtypes = {torch.get_autocast_dtype("cpu")}
     if dtypes != {torch.bfloat16}:
         return False
@@ -34,13 +34,13 @@ def serves(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """F.conv2d in bfloat16, with gradients of gradients too."""
+    """F.conv2d in bfloat16, differentiable any number of times."""
     x, weight, bias = (None if a is None else a.to(torch.bfloat16) for a in (x, weight, bias))
     return _Conv2d.apply(x, weight, bias, stride, padding)
 
 
 class _Conv2d(torch.autograd.Function):
-    generate_vmap_rule = True  # for torch.func: the gradients of each sample
+    generate_vmap_rule = True  # for torch.func: gradients of each sample
 
     @staticmethod
     def forward(x, weight, bias, stride, padding):
@@ -61,15 +61,16 @@ class _Conv2d(torch.autograd.Function):
             how = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1)
             grads[0], *_ = torch.ops.aten.convolution_backward(grad, x, weight, *how, (True, False, False))
         if ctx.needs_input_grad[1]:
-            product = pixels.t().contiguous() @ _surroundings(x, window, ctx.stride, ctx.padding)
-            grads[1] = product.view(out, *window, -1).permute(0, 3, 1, 2)  # channels-last
+            product = pixels.t().contiguous() @ _windows(x, window, ctx.stride, ctx.padding)
+            of_weight = product.view(out, *window, -1).permute(0, 3, 1, 2)  # channels-last
+            grads[1] = of_weight.contiguous() if weight.is_contiguous() else of_weight
         if ctx.needs_input_grad[2]:
             grads[2] = pixels.sum(0)
         return tuple(grads)
 
 
-def _surroundings(x: Tensor, window: list[int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """What the filter sees at each pixel of the result, (pixels, H * W * C of the window)."""
+def _windows(x: Tensor, window: list[int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """The elements of x that the filter covers at each pixel of the output, (pixels, H * W * C of the window)."""
     images, (top, left) = x.permute(0, 2, 3, 1), padding
     if top or left:
         images = F.pad(images, (0, 0, left, left, top, top))

@@ -1,31 +1,60 @@
-"""The blocks of the U-Net. All tensors are channels-last, (N, C, H, W) over (N, H, W, C)."""
+"""The blocks of the U-Net. All images are channels-last: (N, C, H, W) with the strides of (N, H, W, C)."""
 
-__all__ = ["Attention", "Downsample", "GroupNorm", "ResidualBlock", "TimeEmbedding", "Upsample", "all_kept"]
+__all__ = [
+    "Attention",
+    "Downsample",
+    "Dropout",
+    "GroupNorm",
+    "ResidualBlock",
+    "TimeEmbedding",
+    "Upsample",
+    "recomputed",
+    "unhooked",
+    "weight_dtype",
+    "without_dropout",
+]
 
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
 from ..ops.layout import eager_on_cpu
 from .packed_weights import Conv2d, Linear
 
-_all_kept: ContextVar[bool] = ContextVar("all is kept", default=False)
+
+def unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs `kind.forward` and nothing else: no subclass, no wrapper and no hook."""
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
+        and not nn.modules.module._has_any_global_hook()
+    )
 
 
-@contextmanager
-def all_kept() -> Iterator[None]:
-    """Within this context, norms are not made again: for gradient checkpointing, which would find their x in use."""
-    token = _all_kept.set(True)
-    try:
-        yield
-    finally:
-        _all_kept.reset(token)
+def weight_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype that a layer, or the one that is wrapped in it, takes its input in.
+
+    Args:
+        default: for layers that do not tell: without floating weights (quantised), or with weights that are only
+            stored in their dtype (float8) and converted when the layer is called.
+    """
+    weight = getattr(layer, "weight", None)
+    for p in (weight,) if isinstance(weight, Tensor) else layer.parameters():
+        if p.is_floating_point() and p.dtype.itemsize > 1:
+            return p.dtype
+        break
+    return default
 
 
 class GroupNorm(nn.GroupNorm):
@@ -38,26 +67,79 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
 
-    def remade(self, x: Tensor, y: Tensor) -> AbstractContextManager[None]:
-        """Within this context, what is saved for the backward pass holds x where it would hold y, which is `self(x)`.
 
-        y is made from x again when it is needed. That is a small part of the work of what comes after a norm, and saves
-        every second image of a network.
-        """
-        if not y.requires_grad or torch.compiler.is_compiling() or _all_kept.get():
-            return nullcontext()
-        place, dtype = y.data_ptr(), y.dtype
+class _Versioned(NamedTuple):
+    """A saved tensor and its version, since autograd checks no versions where there are saved-tensor hooks."""
 
-        def pack(saved: Tensor) -> Tensor | tuple:
-            if saved.data_ptr() == place and saved.dtype == dtype and saved.numel() == x.numel():
-                return saved.shape, saved.stride()
-            return saved
+    tensor: Tensor
+    version: int
 
-        def unpack(kept: Tensor | tuple) -> Tensor:
-            # With create_graph, gradients are on here, and the graph goes on through x. Autocast is off.
-            return kept if isinstance(kept, Tensor) else self(x).to(dtype).as_strided(*kept)
+    @classmethod
+    def of(cls, x: Tensor) -> "_Versioned":
+        return cls(x, x._version)
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    def get(self) -> Tensor:
+        x = self.tensor
+        if x._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{x.type()} {list(x.shape)}] is at version {x._version}; expected version {self.version} instead"
+            )
+        return x
+
+
+class _View(NamedTuple):
+    """What is kept of a saved view of y, which has all of its elements."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+def recomputed(norm: nn.Module, x: Tensor, y: Tensor) -> AbstractContextManager[None]:
+    """A context for the layers that take y = norm(x): autograd saves x; y is recomputed in the backward pass.
+
+    The norm saves x anyway, so that y costs no memory, for about 1 % of a training step. y is computed from the
+    tensors that the norm was given (x and its parameters at that time), whose versions are checked, and never by
+    calling the module again. y is saved as usual where it could be something else: a norm of another class or with
+    hooks, y written to in place. It is too where saved-tensor hooks cannot be used (torch.compile, torch.func,
+    forward-mode derivatives) or are used already (gradient checkpointing, `save_on_cpu`).
+    """
+    if (
+        not y.requires_grad
+        or torch.compiler.is_compiling()
+        or not unhooked(norm, GroupNorm)
+        or type(y) is not Tensor
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or not torch._C._autograd._saved_tensors_hooks_is_enabled()
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ):
+        return nullcontext()
+    inputs = [_Versioned.of(v) for v in (x, norm.weight, norm.bias)]
+    groups, eps, silu = norm.num_groups, norm.eps, norm.silu
+    # Autograd keeps these functions: they hold no memory of y, but its storage object, whose address stays its own.
+    storage, version = StorageWeakRef(y.untyped_storage()), y._version
+    dtype, numel, offset = y.dtype, y.numel(), y.storage_offset()
+
+    def pack(saved: Tensor) -> _Versioned | _View:
+        if (
+            saved._version == version
+            and saved.dtype == dtype
+            and saved.numel() == numel
+            and saved.storage_offset() == offset
+            and saved.untyped_storage()._cdata == storage.cdata
+        ):
+            return _View(saved.shape, saved.stride())
+        return _Versioned.of(saved)
+
+    def unpack(kept: _Versioned | _View) -> Tensor:
+        if isinstance(kept, _Versioned):
+            return kept.get()
+        # With create_graph, gradients are on here, and the graph goes on through x and the parameters.
+        again = ops.group_norm_silu(*(v.get() for v in inputs), groups, eps, silu=silu)
+        return again.as_strided(*kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class TimeEmbedding(nn.Module):
@@ -69,22 +151,46 @@ class TimeEmbedding(nn.Module):
         self.linear_1 = Linear(dim, time_dim)
         self.linear_2 = Linear(time_dim, time_dim)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """
+        Args:
+            t: (N,).
+            dtype: of the embedding where `linear_1` has no weights that tell it.
+        """
         # In float32, made here: a buffer would follow the model into half precision.
         step = -math.log(10000) / max(self.half - 1, 1)
         frequencies = (torch.arange(self.half, device=t.device) * step).exp()
         angles = t.float()[:, None] * frequencies  # (N, dim / 2)
-        embedding = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.linear_1.weight.dtype)
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=1).to(weight_dtype(self.linear_1, dtype))
         return self.linear_2(F.silu(self.linear_1(embedding)))  # (N, time_dim)
+
+
+_no_dropout: ContextVar[bool] = ContextVar("without_dropout", default=False)
+
+
+@contextmanager
+def without_dropout() -> Iterator[None]:
+    """Within this context, `Dropout` is the identity whatever its `training` flag says, in this thread alone.
+
+    For sampling from a network that another thread trains. torch.compile cannot guard on a context of a thread: in
+    compiled networks, `Dropout` follows its flag.
+    """
+    token = _no_dropout.set(True)
+    try:
+        yield
+    finally:
+        _no_dropout.reset(token)
 
 
 class Dropout(nn.Dropout):
     """nn.Dropout of (N, C, H, W); on a CPU in a seventh of its time, with p rounded to 16 bits.
 
-    PyTorch draws a number of 32 bits for each element there, one by one; here, 64 bits decide on four.
+    PyTorch draws 32 bits for each element there, one after the other; here, 64 random bits serve four elements.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and _no_dropout.get():
+            return x
         levels = 1 << 16
         dropped = round(self.p * levels)
         if not (self.training and 0 < dropped < levels and eager_on_cpu(x)):
@@ -109,24 +215,33 @@ class ResidualBlock(nn.Module):
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
+    def takes_bias(self) -> bool:
+        """Whether conv1 can be given another bias: not when it is wrapped (by LoRA, say), replaced or hooked."""
+        return unhooked(self.conv1, Conv2d) and self.conv1.bias is not None
+
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """
         Args:
-            time: (N, out_channels), added to what conv1 gives; or (out_channels,), which stands in for its bias: of
-                all samples alike, without a pass over the images.
+            time: (N, out_channels) or (1, out_channels), added to the result of conv1; or (out_channels,), which
+                replaces conv1's bias when all samples share t: without a pass over the images. The latter only if
+                `takes_bias`.
         """
         y = self.norm1(x)
-        with self.norm1.remade(x, y):
-            h = self.conv1(y, bias=time if time.dim() == 1 else None)
+        with recomputed(self.norm1, x, y):
+            h = self.conv1(y) if time.dim() > 1 else self.conv1(y, bias=time)
         if time.dim() > 1:
             h = h + time[:, :, None, None]
         y, shortcut = self.norm2(h), self.shortcut(x)
-        with self.norm2.remade(h, y):
-            return self.conv2(self.dropout(y), plus=shortcut, overwrite=shortcut is not x)
+        with recomputed(self.norm2, h, y):
+            y = self.dropout(y)
+            if unhooked(self.conv2, Conv2d):
+                new = unhooked(self.shortcut, Conv2d)  # and nobody else has it
+                return self.conv2(y, plus=shortcut, overwrite=new)
+            return self.conv2(y) + shortcut
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, with a residual. One product makes q, k and v."""
+    """Self-attention over all pixels, added to x. One linear layer computes q, k and v."""
 
     def __init__(self, channels: int, *, heads: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -138,7 +253,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         y = self.norm(x)
-        with self.norm.remade(x, y):
+        with recomputed(self.norm, x, y):
             qkv = self.qkv(y.permute(0, 2, 3, 1).reshape(n, h * w, c))  # a view of channels-last memory
         q, k, v = (part.view(n, h * w, self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, H * W, C / heads)
@@ -158,7 +273,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles H and W: each pixel four times, then a convolution."""
+    """Doubles H and W: nearest-neighbour upsampling, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

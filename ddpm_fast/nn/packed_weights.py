@@ -1,8 +1,8 @@
-"""Convolutions and products whose weights oneDNN has packed once.
+"""Convolutions and linear layers whose weights are packed for oneDNN once.
 
-PyTorch keeps weights as people see them, and oneDNN brings them into the order of its kernels again in every call: at
-small images that takes as long as the arithmetic. Within `packed`, without gradients and on the CPU, these modules keep
-the reordered weights. Everywhere else they are the modules of torch.nn.
+oneDNN reorders PyTorch's weights into the blocked layout of its kernels in every call: for small images that takes as
+long as the arithmetic. Within `packed`, without gradients and on the CPU, these modules keep the reordered weights.
+Everywhere else they are the modules of torch.nn.
 """
 
 __all__ = ["DTYPES", "Conv2d", "Linear", "PackedWeights", "packed"]
@@ -10,6 +10,7 @@ __all__ = ["DTYPES", "Conv2d", "Linear", "PackedWeights", "packed"]
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,70 +20,87 @@ from torch import Tensor, nn
 from ..ops.layout import eager_on_cpu
 from . import conv_backward
 
-# What TorchInductor calls too.
-_onednn = torch.ops.mkldnn
-# That can be packed; none where PyTorch was built without oneDNN.
+_onednn = torch.ops.mkldnn  # the ops that TorchInductor calls too
+# The dtypes that can be packed; none where PyTorch was built without oneDNN.
 DTYPES = ()
 if torch.backends.mkldnn.is_available():
     DTYPES = (torch.float32, torch.bfloat16) if _onednn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
-_WATCHED = 32  # elements of a weight that tell whether it has changed
+_WATCHED = 32  # elements of each weight that are compared to see whether it has changed
 
 
 class _Entry(NamedTuple):
-    weight: Tensor  # as the module has it
-    version: int
+    weight: Tensor  # the module's
+    version: int  # of the weight when it was packed
     packed: Tensor
-    pointer: int
-    watched: Tensor  # a view of some of its elements, (<= _WATCHED,)
-    values: Tensor  # what they were when it was packed
+    pointer: int  # to the weight's memory when it was packed
+    watched: Tensor  # a view of some elements of the weight, (<= _WATCHED,)
+    values: Tensor  # of these elements when it was packed
+
+
+class _Watched(NamedTuple):
+    """The elements of all entries that are compared, side by side."""
+
+    entries: tuple[_Entry, ...]
+    values: Tensor
 
 
 class PackedWeights:
-    """The packed weights of modules, each made when it is first needed and when its weight was replaced or written to.
+    """The packed weights of modules: packed when first needed, and again when a weight was replaced or written to.
 
-    Writes through `weight.data` are seen by `refresh` alone. Copies and pickles are empty.
+    Writes through `weight.data` are only seen by `refresh`. Copies and pickles are empty. Threads may share one:
+    entries are immutable and are looked up without a lock; the lock is taken to change what is kept.
     """
 
     def __init__(self) -> None:
         self._entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
-        self._watched: tuple[list[_Entry], list[Tensor], Tensor] | None = None
+        self._watched: _Watched | None = None  # None: to be made from the entries
+        self._lock = Lock()
 
     def __reduce__(self) -> tuple:
         return PackedWeights, ()
 
     def get(self, module: nn.Module, pack: Callable[[], Tensor]) -> Tensor:
+        """The packed weight of a module.
+
+        Args:
+            pack: packs the weight of the module; called if it was not packed yet or has changed.
+        """
         weight = module.weight
         version = 0 if weight.is_inference() else weight._version
         entry = self._entries.get(module)
         if entry is None or entry.weight is not weight or entry.version != version:
             watched = _some_of(weight.detach())
-            entry = _Entry(weight, version, pack(), weight.data_ptr(), watched, watched.clone())
-            self._entries[module], self._watched = entry, None
+            # The values are read first: a write while the weight is packed is then seen by `refresh`.
+            values, pointer = watched.clone(), weight.data_ptr()
+            entry = _Entry(weight, version, pack(), pointer, watched, values)
+            with self._lock:
+                self._entries[module], self._watched = entry, None
         return entry.packed
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Forgets all weights if one was written to through `weight.data`, which does not count as a new version.
 
-        Such writes are those of an average or of an old optimizer, which change all weights a little, so that some
-        elements of each tell. One that spares all of these goes unseen.
+        Updates of an average or of an optimizer change every element, so that 32 of each weight detect them. A write
+        that changes few elements may be missed.
         """
-        if self._watched is None or len(self._watched[0]) != len(self._entries):
-            if not self._entries:
-                return
-            entries = list(self._entries.values())
-            self._watched = entries, [e.watched for e in entries], torch.cat([e.values for e in entries])
-        entries, watched, values = self._watched
-        moved = any(e.weight.data_ptr() != e.pointer for e in entries)
-        if moved or not torch.equal(torch.cat(watched), values):
-            self._entries.clear()
-            self._watched = None
+        watched = self._watched
+        if watched is None or len(watched.entries) != len(self._entries):  # a module may be gone
+            with self._lock:
+                entries = tuple(self._entries.values())
+                if not entries:
+                    return
+                watched = self._watched = _Watched(entries, torch.cat([e.values for e in entries]))
+        moved = any(e.weight.data_ptr() != e.pointer for e in watched.entries)
+        if moved or not torch.equal(torch.cat([e.watched for e in watched.entries]), watched.values):
+            with self._lock:
+                self._entries, self._watched = WeakKeyDictionary(), None
 
 
 def _some_of(weight: Tensor) -> Tensor:
-    """A view of elements that lie evenly in its memory, an odd distance apart: not all of one tap of the filters."""
+    """A view of elements at equal distances in memory; odd ones, so that they are not all of one tap of the filters."""
     step = (max(1, weight.numel() // _WATCHED) - 1) | 1
     return weight.as_strided((min(weight.numel(), _WATCHED),), (step,))
 
@@ -92,7 +110,7 @@ _current: ContextVar[PackedWeights | None] = ContextVar("packed weights", defaul
 
 @contextmanager
 def packed(weights: PackedWeights) -> Iterator[None]:
-    """Within this context, the modules here take and keep their packed weights there."""
+    """Within this context, `Conv2d` and `Linear` keep their packed weights in `weights`."""
     token = _current.set(weights)
     try:
         yield
@@ -110,7 +128,7 @@ def _weights_for(x: Tensor, weight: Tensor) -> PackedWeights | None:
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, channels-last and with packed weights where there are any."""
+    """nn.Conv2d, with packed weights within `packed`, where the result is channels-last."""
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, plus: Tensor | None = None, overwrite: bool = False
@@ -118,9 +136,9 @@ class Conv2d(nn.Conv2d):
         """
         Args:
             x: (N, C, H, W).
-            bias: (out_channels,), instead of the module's.
+            bias: (out_channels,), used instead of the module's.
             plus: added to the result, of its shape and dtype.
-            overwrite: plus may be written to, and is the result then: where nobody else needs it.
+            overwrite: whether the result may be written into plus.
         """
         bias = self.bias if bias is None else bias
         weights = _weights_for(x, self.weight) if self.padding_mode == "zeros" else None
@@ -143,7 +161,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, with packed weights where there are any."""
+    """nn.Linear, with packed weights within `packed`."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights = _weights_for(x, self.weight)

@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import whole
-from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample, all_kept
+from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample, weight_dtype
 from .packed_weights import Conv2d, Linear
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -121,10 +121,9 @@ class UNet(nn.Module):
         self.conv_out = Conv2d(c, out_channels or channels, 3, padding=1)
 
         # One product projects t for all blocks: hundreds of small ones would each cost a launch.
-        self.blocks_out = [m.out_channels for m in self.modules() if isinstance(m, ResidualBlock)]
+        self.blocks_out = [block.out_channels for block in self._blocks()]
         self.time_projection = Linear(4 * dim, sum(self.blocks_out))
         self._initialize()
-        self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -156,36 +155,32 @@ class UNet(nn.Module):
         return cls(**(PRESETS[name] | changes))
 
     def time_rows(self, t: Tensor) -> Tensor:
-        """What each of the timesteps t, (K,), adds in all blocks, biases included: (K, D), rows for `forward`."""
-        biases = torch.cat([m.conv1.bias for m in self.modules() if isinstance(m, ResidualBlock)])
-        return self._projected(t) + biases
-
-    def _projected(self, t: Tensor) -> Tensor:
+        """The time embeddings of the timesteps t, (K,), projected for all blocks: (K, D), rows for `forward`."""
         return self.time_projection(silu(self.time_embedding(t)))
 
-    def forward(self, x: Tensor, t: Tensor, time_row: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, time_row: Tensor | None = None) -> Tensor:
         """
         Args:
-            x: (N, channels, H, W), H and W divisible by 2^(levels - 1).
-            t: (N,), timesteps, whole or fractional. One that was expanded (`t.expand(N)`) costs less than N of them.
+            x: (N, channels, H, W), floating, H and W divisible by 2^(levels - 1).
+            t: (N,), timesteps, integer or fractional; or one for all samples: a number, a tensor () or (N,) that was
+                expanded (`t.expand(N)`), which costs less than N of them.
             time_row: (D,), the row of `time_rows` of a timestep that all samples share, instead of t.
 
         Returns:
             (N, out_channels, H, W), channels-last, in the dtype of the weights (or of autocast).
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit.
         """
-        self._check_input(x, t)
-        if time_row is None and t.stride(0) == 0:  # sampling takes all images through the same timestep
-            time_row = self.time_rows(t[:1])[0]
-        times = self._projected(t) if time_row is None else time_row
-        time = iter(times.split(self.blocks_out, dim=-1))  # in the order of `modules()`, that of the forward pass
+        t = self._check_input(x, t)
+        time = iter(self._times(x, t, time_row))  # in the order of `blocks`, that of the forward pass
 
         def through(block: ResidualBlock, attention: nn.Module, *parts: Tensor) -> Tensor:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                with_all_kept = all_kept()(_through)
-                return checkpoint(with_all_kept, block, attention, next(time), *parts, use_reentrant=False)
+                return checkpoint(_through, block, attention, next(time), *parts, use_reentrant=False)
             return _through(block, attention, next(time), *parts)
 
-        x = x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(weight_dtype(self.conv_in, x.dtype)).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(x)
         skips = [h]
         for level in self.down:
@@ -206,16 +201,49 @@ class UNet(nn.Module):
                 h = level.resample(h)
         return self.conv_out(self.norm_out(h))
 
-    def _check_input(self, x: Tensor, t: Tensor) -> None:
+    def _blocks(self) -> list[ResidualBlock]:
+        """The residual blocks, in the order of the forward pass."""
+        down, up = ([block for level in levels for block in level.blocks] for levels in (self.down, self.up))
+        return [*down, self.mid_block1, self.mid_block2, *up]
+
+    def _times(self, x: Tensor, t: Tensor, row: Tensor | None) -> Sequence[Tensor]:
+        """What `ResidualBlock.forward` takes as `time`, for each of the blocks."""
+        if row is None and t.stride(0) == 0:  # sampling takes all images through the same timestep
+            row = self.time_rows(t[:1])[0]
+        if row is None:
+            return self.time_rows(t).split(self.blocks_out, dim=-1)
+        blocks = self._blocks()
+        take = [block.takes_bias() for block in blocks]
+        biases = [
+            b.conv1.bias if takes else row.new_zeros(b.out_channels) for b, takes in zip(blocks, take, strict=True)
+        ]
+        times = (row + torch.cat(biases)).split(self.blocks_out)
+        return [time if takes else time[None] for time, takes in zip(times, take, strict=True)]
+
+    def _check_input(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """Returns t as a tensor (N,) on the device of x."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x must be a tensor (N, {self.channels}, H, W); got {type(x).__name__}")
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have the shape (N, {self.channels}, H, W); got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating, with images scaled to [-1, 1]; got {x.dtype}")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(
                 f"{len(self.down)} levels halve H and W {len(self.down) - 1} times, so both must be divisible by "
                 f"{self.factor}; got {x.shape[2]} x {x.shape[3]}"
             )
+        if not isinstance(t, Tensor):
+            if isinstance(t, bool) or not isinstance(t, int | float):
+                raise ValueError(f"t must be timesteps, a tensor ({len(x)},) or one number; got {t!r}")
+            t = torch.full((), t, dtype=torch.float32, device=x.device)
+        if t.ndim == 0:
+            return t.to(x.device).expand(x.shape[0])
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must have the shape ({len(x)},), one timestep a sample; got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"t must be on the device of x, {x.device}; got {t.device}")
+        return t
 
 
 def _through(block: ResidualBlock, attention: nn.Module, time: Tensor, *parts: Tensor) -> Tensor:
