@@ -1,42 +1,64 @@
-"""A group norm that waits: what it returns is computed when it is used, and a SiLU that follows together with it.
+"""Group norm with lazy evaluation: the result is computed at its first use, fused with a SiLU that follows.
 
-So the two are one, however the code around them is written. See `optimize`.
+The fusion therefore does not depend on how the surrounding code is written. See `optimize`.
 """
 
-__all__ = ["PendingGroupNorm", "computed", "each", "only_casts"]
+__all__ = ["PendingGroupNorm", "computed", "only_casts", "transformed"]
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from .. import ops
 from ..ops.layout import memory_format
+from .mixed_dtypes import each
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class PendingGroupNorm(nn.GroupNorm):
+    """nn.GroupNorm whose result is a `_Pending` tensor, or a plain one where a lazy result cannot be right."""
+
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, PendingGroupNorm):  # restored since, while a hook still holds this method
+            return type(self).forward(self, x)
         x = computed(x)
         if x.dim() < 3 or x.shape[1] != self.num_channels or x.numel() == 0 or not x.is_floating_point():
-            return super().forward(x)  # and its errors
-        # Hooks may keep what they see.
+            return super().forward(x)  # which raises the errors of PyTorch
+        if transformed():
+            parameters = (p.to(x.dtype) for p in (self.weight, self.bias))
+            return F.group_norm(x, self.num_groups, *parameters, self.eps)
+        # Hooks may store the tensors that they are given.
         watched = self._forward_hooks or self._backward_hooks or nn.modules.module._has_any_global_hook()
-        if watched or type(x) is not Tensor or torch.compiler.is_compiling():
-            return self.compute(x, False)
-        return _Pending.of(self, x)
+        lazy = _Pending.of(self, x, self.weight, self.bias) if not watched and type(x) is Tensor and _eager() else None
+        return _compute(self, x, self.weight, self.bias, False) if lazy is None else lazy
 
-    def compute(self, x: Tensor, silu: bool, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        tokens = _are_tokens(x)  # and shall stay a view of channels-last images
-        if tokens:
-            x = x.unsqueeze(3)
-        y = ops.group_norm_silu(
-            x, self.weight, self.bias, self.num_groups, self.eps, silu=silu, scale=scale, shift=shift
-        )
-        return y.squeeze(3) if tokens else y
+
+def _eager() -> bool:
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def _compute(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    silu: bool,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    tokens = _are_tokens(x)
+    if tokens:  # the result is to be a view of channels-last images, too
+        x = x.unsqueeze(3)
+    y = ops.group_norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu=silu, scale=scale, shift=shift)
+    return y.squeeze(3) if tokens else y
 
 
 class _Pending(Tensor):
@@ -48,6 +70,8 @@ class _Pending(Tensor):
 
     _norm: PendingGroupNorm
     _x: Tensor
+    _weight: Tensor  # those of the norm when it was called
+    _bias: Tensor
     _factor: Tensor | None  # (N, C, 1, 1), where no shift was added yet
     _scale: Tensor | None  # (N, C), factor - 1
     _shift: Tensor | None  # (N, C)
@@ -61,6 +85,8 @@ class _Pending(Tensor):
         cls,
         norm: PendingGroupNorm,
         x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
         factor: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
@@ -68,18 +94,22 @@ class _Pending(Tensor):
     ) -> "_Pending":
         inputs = [v for v in (x, factor, shift) if v is not None]
         grad = torch.is_grad_enabled()
-        needs_grad = grad and any(v.requires_grad for v in (norm.weight, norm.bias, *inputs))
+        needs_grad = grad and any(v.requires_grad for v in (weight, bias, *inputs))
         self = Tensor._make_wrapper_subclass(
             cls, x.shape, strides=_strides(x), dtype=x.dtype, device=x.device, requires_grad=needs_grad
         )
         if needs_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 self.register_hook(_lost)
-        self._norm, self._x, self._factor, self._scale, self._shift = norm, x, factor, scale, shift
+        self._norm, self._x, self._weight, self._bias = norm, x, weight, bias
+        self._factor, self._scale, self._shift = factor, scale, shift
         self._sigmoid_of, self._value, self._grad_mode = sigmoid_of, None, grad
         # Inference tensors do not count.
         self._versions = [(v, v._version) for v in inputs if not v.is_inference()]
         return self
+
+    def _with(self, **changes: Any) -> "_Pending":
+        return _Pending.of(self._norm, self._x, self._weight, self._bias, **changes)
 
     def compute(self) -> Tensor:
         if self._value is None:
@@ -87,7 +117,7 @@ class _Pending(Tensor):
                 if self._sigmoid_of is not None:
                     self._value = torch.sigmoid(self._sigmoid_of.compute())
                 elif self._factor is not None:
-                    self._value = self._fused(silu=False) * self._factor
+                    self._value = self._fused(silu=False) * self._factor  # no shift followed
                 else:
                     self._value = self._fused(silu=False)
         return self._value
@@ -103,7 +133,7 @@ class _Pending(Tensor):
     def sigmoid(self) -> Tensor:
         if not self._open() or self._factor is not None:
             return torch.sigmoid(self.compute())
-        return _Pending.of(self._norm, self._x, shift=self._shift, sigmoid_of=self)
+        return self._with(shift=self._shift, sigmoid_of=self)
 
     def times(self, other: Any) -> Tensor:
         if isinstance(other, _Pending) and other._sigmoid_of is self and other._value is None:
@@ -119,12 +149,12 @@ class _Pending(Tensor):
             # What it was made of, if it was made as 1 + scale. Another factor near 0 would be rounded as if near 1.
             scale = other - 1
             if torch.equal(scale + 1, other):
-                return _Pending.of(self._norm, self._x, factor=other, scale=scale.flatten(1))
+                return self._with(factor=other, scale=scale.flatten(1))
         return self.compute() * computed(other)
 
     def plus(self, other: Any) -> Tensor:
         if self._open() and self._factor is not None and self._of_channels(other):
-            return _Pending.of(self._norm, self._x, scale=self._scale, shift=other.flatten(1))
+            return self._with(scale=self._scale, shift=other.flatten(1))
         return self.compute() + computed(other)
 
     def _open(self) -> bool:
@@ -143,7 +173,8 @@ class _Pending(Tensor):
                     "a tensor was written to between the group norm that reads it and the first use of the norm's "
                     "result, which ddpm_fast.optimize computes then: use it first, or write to a copy"
                 )
-        return self._norm.compute(self._x, silu, self._scale, self._shift)
+        fused = (self._scale, self._shift) if self._factor is None else (None, None)
+        return _compute(self._norm, self._x, self._weight, self._bias, silu, *fused)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -234,22 +265,3 @@ class _Watch(TorchFunctionMode):
         if func not in _CASTS and func not in _METADATA:
             self.norms.append(None)
         return func(*args, **(kwargs or {}))
-
-
-def each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `change` of every tensor in it: dataclasses (diffusers' results), tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f.name for f in dataclasses.fields(value) if f.init]
-        new = {name: each(change, getattr(value, name)) for name in fields}
-        same = all(new[name] is getattr(value, name) for name in fields)
-        return value if same else dataclasses.replace(value, **new)
-    if isinstance(value, tuple):
-        new = [each(change, v) for v in value]
-        return type(value)(*new) if hasattr(value, "_fields") else tuple(new)
-    if type(value) is list:
-        return [each(change, v) for v in value]
-    if type(value) is dict:
-        return {k: each(change, v) for k, v in value.items()}
-    return value

@@ -1,27 +1,23 @@
-"""Somebody else's network, made fast in place: see `optimize`.
+"""Networks of other packages, made fast in place: see `optimize`.
 
-The modules keep their parameters and their code. What changes is the class of some of them: convolutions and linear
-layers keep packed weights, and a group norm waits for the SiLU that follows it.
+The modules keep their parameters and their code. What changes is their class (see `optimized_modules`): convolutions
+and linear layers keep packed weights, a group norm is fused with the SiLU that follows it, and the module of a network
+that is called from outside casts what it is given.
 """
 
 __all__ = ["computes_in_bfloat16", "optimize", "restore"]
 
-import copyreg
 import dataclasses
-import functools
 from collections.abc import Iterator
-from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import packed_weights as packing
-from .lazy_group_norm import PendingGroupNorm, computed, each, only_casts
+from .optimized_modules import OPTIMIZED_LAYERS, SHARED, STATE, Shared, calling, replacement
 
 M = TypeVar("M", bound=nn.Module)
-
-_STATE = "_ddpm_fast_state"  # an attribute of an optimised model
 
 
 def optimize(model: M, dtype: torch.dtype | None = None) -> M:
@@ -31,12 +27,15 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
     UNetModel, and for `ddpm_fast.UNet`. `restore` undoes it. The results are those of the network to the rounding of
     the dtype, gradients too.
 
-    - Parameters and buffers are converted to `dtype`, and on a GPU convolutions' weights to channels-last. The
-      Parameter objects stay, so that optimizers, hooks and averages that hold them still do.
-    - Whole images and embeddings that the model is called with are cast to that dtype, and its results cast back.
-      Inputs of one number a sample, timesteps, are not: bfloat16 knows no odd number above 256.
-    - Group norms compute the SiLU that follows them (also written as x * sigmoid(x)) and, on a CPU, a scale and a
-      shift of each channel between the two, h * (1 + scale) + shift.
+    - Parameters, and buffers of modules that have parameters, are converted to `dtype`, and on a GPU convolutions'
+      weights to channels-last. The Parameter objects stay, so that optimizers, hooks and averages that hold them
+      remain valid. Buffers of modules without parameters, such as tables of frequencies, are not converted.
+    - Images and embeddings that the model, or one of its modules, is called with are cast to that dtype, and its
+      results are cast back; a `dtype` property of the model stays what it was. Inputs of one number a sample, such as
+      timesteps, are not cast, since bfloat16 has no odd number above 256. Within the model, products, convolutions and
+      norms whose operands have several dtypes are computed in `dtype`, in modules of any class.
+    - A group norm is fused with the SiLU that follows it (also if it is written as x * sigmoid(x)) and, on a CPU,
+      with a scale and a shift of each channel between the two, h * (1 + scale) + shift.
     - Without gradients and on a CPU, nn.Conv2d and nn.Linear keep their weights in oneDNN's order from call to call.
       They are packed again when the weights change. A write through `weight.data`, as averages do, is seen when the
       model is called next, if it changes any of 32 elements of each weight.
@@ -56,50 +55,54 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
 
     Raises:
         TypeError: not a module, or one of TorchScript, torch.compile or DistributedDataParallel.
-        ValueError: a dtype that is not floating, a model optimised before, one with a `forward` of its own object, or
-            parameters on the meta device.
+        ValueError: a dtype that is not floating, a model optimised before, or parameters on the meta device.
     """
     network = _network(model)
     floats = [p for p in network.parameters() if p.is_floating_point()]
     if any(p.is_meta for p in network.parameters()):
-        raise ValueError("the model has parameters on the meta device: load its weights first")
-    if any(hasattr(m, _STATE) or type(m) in _OURS for m in network.modules()):
-        raise ValueError("the model, or a part of it, is optimised already: ddpm_fast.restore it first")
-    if "forward" in vars(network):
         raise ValueError(
-            "the model's forward was replaced on this very object, as by hooks of accelerate: undo that first"
+            "the model has parameters on the meta device: load its weights first, or remove the hooks that "
+            "offload them, and offload the optimised model"
         )
+    if any(SHARED in vars(m) for m in network.modules()):
+        raise ValueError("the model, or a part of it, is optimised already: ddpm_fast.restore it first")
     if dtype is None:
         dtype = _fast_dtype(floats)
     elif not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating, got {dtype}")
 
-    state = _State({}, {}, packing.PackedWeights())
-    for name, module in network.named_modules():
-        kind = _kind(module)
+    former = floats[0].dtype if floats else None
+    reduced = None if dtype == former or not floats else dtype
+    said = network.dtype if isinstance(getattr(type(network), "dtype", None), property) else None
+    shared, state = Shared(reduced, said), _State(former, reduced, [], [])
+    for module in network.modules():
+        kind = replacement(module)
         if kind is not None:
-            state.classes[name] = type(module)
+            state.modules.append((module, type(module)))
             module.__class__ = kind
-    for name, tensor in _tensors(network):
+            setattr(module, SHARED, shared)
+    for module, name, tensor in _tensors(network):
         old = tensor.data
-        # On a CPU, the order of a weight is no matter for speed, but for PyTorch's fused AdamW: it takes weights and
-        # the moments that it has of them element by element as they lie, and would mix those of a reordered one.
+        # On a CPU the order of a weight in memory does not matter for speed, but it does for PyTorch's fused AdamW: it
+        # goes through a weight and its existing moments in the order of memory, and would mix those of a reordered one.
         reordered = tensor.dim() == 4 and isinstance(tensor, nn.Parameter) and tensor.device.type != "cpu"
         layout = torch.channels_last if reordered else torch.preserve_format
         new = old.to(dtype or old.dtype, memory_format=layout)
+        kept = old if new.dtype != old.dtype else None
+        state.tensors.append(_Former(module, name, old.dtype, old.stride(), new.dtype, kept))
         if new is not old:
-            state.tensors[name] = _Former(old.dtype, old.stride(), old if new.dtype != old.dtype else None)
             _replace(tensor, new)
-    setattr(network, _STATE, state)
-    network.__class__ = _optimized(type(network))
+    setattr(network, STATE, state)
     return model
 
 
 def restore(model: M) -> M:
-    """Undoes `optimize` in place.
+    """Undoes `optimize` in place, entirely or, with an error, not at all.
 
-    A tensor that has not changed in between has its former bits again, one that has (by training, say, or by loading
-    a state dict) is converted back from the dtype it is in. Memory formats and classes are the former ones too.
+    A tensor whose values have not changed has its former bits again, whatever dtype it was converted to since; one
+    that has changed (by training, or by loading a state dict) is converted to its former dtype. Memory formats and
+    classes are the former ones too. Modules that were wrapped since, as by adapters, are restored where they are, and
+    weights that were added since in the dtype of the optimised model are converted to the dtype that it had before.
 
     Args:
         model: what `optimize` was given, or a copy of it.
@@ -108,51 +111,93 @@ def restore(model: M) -> M:
         `model` itself.
 
     Raises:
-        ValueError: not an optimised model.
+        ValueError: not an optimised model, or one that was changed in a way that cannot be undone here: modules whose
+            class or parameters were replaced by others (parametrizations, pruning), weights on the meta device.
     """
     network = _network(model)
-    state = vars(network).get(_STATE)
+    state = vars(network).get(STATE)
     if state is None:
         raise ValueError("the model is not optimised")
-    network.__class__ = type(network).__base__
-    delattr(network, _STATE)
-    modules = dict(network.named_modules())
-    for name, kind in state.classes.items():
-        if type(modules.get(name)) in _OURS:  # and not replaced since
-            modules[name].__class__ = kind
-    for name, tensor in _tensors(network):
-        former = state.tensors.get(name)
-        if former is None:
-            continue
+    _check_restorable(network, state)
+    delattr(network, STATE)
+    for module, cls in state.modules:
+        module.__class__ = cls
+        delattr(module, SHARED)
+    known = set()
+    for former in state.tensors:
+        tensor = former.tensor()
+        known.add(id(tensor))
         kept = former.kept
         if kept is not None and kept.shape == tensor.shape:
             kept = kept.to(tensor.device)
-            if torch.equal(kept.to(tensor.dtype), tensor.data):
+            if any(_same(k.to(tensor.dtype), tensor.data) for k in (kept, kept.to(former.converted))):
                 _replace(tensor, kept)
                 continue
+        if tensor.dtype == former.dtype and tensor.stride() == former.stride:
+            continue
         new = tensor.data.to(former.dtype)
         if len(former.stride) == new.dim():
             new = torch.empty_strided(new.shape, former.stride, dtype=new.dtype, device=new.device).copy_(new)
         _replace(tensor, new)
+    for _, _, tensor in _tensors(network):
+        if state.reduced is not None and id(tensor) not in known and tensor.dtype == state.reduced:
+            _replace(tensor, tensor.data.to(state.dtype))
     return model
+
+
+def _check_restorable(network: nn.Module, state: "_State") -> None:
+    names = {module: name or "the model" for name, module in network.named_modules()}
+    for module, cls in state.modules:
+        if type(module) not in (calling(cls), *OPTIMIZED_LAYERS):
+            raise ValueError(
+                f"cannot restore: the class of {names.get(module, cls.__name__)} was changed since ddpm_fast.optimize, "
+                "as parametrizations do; remove them first"
+            )
+    for former in state.tensors:
+        name = f"{former.name} of {names.get(former.module, type(former.module).__name__)}"
+        tensor = former.tensor()
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"cannot restore: {name} was removed since ddpm_fast.optimize, as pruning and weight norm do; undo "
+                "that first"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"cannot restore: {name} is on the meta device; load the weights, or remove the hooks that offload "
+                "them, first"
+            )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype.itemsize == 1:  # float8 cannot be compared
+        a, b = a.float(), b.float()
+    return torch.equal(a, b)
 
 
 @dataclasses.dataclass
 class _Former:
     """What a parameter or buffer was."""
 
+    module: nn.Module
+    name: str
     dtype: torch.dtype
     stride: tuple[int, ...]
-    kept: Tensor | None  # its values, where others are in its place
+    converted: torch.dtype  # the dtype that `optimize` gave it
+    kept: Tensor | None  # its former values, where it was converted
+
+    def tensor(self) -> Tensor | None:
+        parameter = self.module._parameters.get(self.name)
+        return self.module._buffers.get(self.name) if parameter is None else parameter
 
 
 @dataclasses.dataclass
 class _State:
-    """What `restore` needs, by name, so that it is that of a copy as well; and the packed weights."""
+    """What `restore` needs. It refers to modules, not to names, which adapters change; copies refer to copies."""
 
-    classes: dict[str, type]
-    tensors: dict[str, _Former]
-    weights: packing.PackedWeights
+    dtype: torch.dtype | None  # of the network's weights before
+    reduced: torch.dtype | None  # the dtype that they were converted to, if it is another
+    modules: list[tuple[nn.Module, type]]  # with their former classes
+    tensors: list[_Former]
 
 
 def _network(model: nn.Module) -> nn.Module:
@@ -163,8 +208,9 @@ def _network(model: nn.Module) -> nn.Module:
         raise TypeError(
             f"{type(model).__name__} wraps or replaces a module that it has read: optimize that, and wrap it then"
         )
-    if "alphas_cumprod" in model._buffers and isinstance(getattr(model, "model", None), nn.Module):
-        return _network(model.model)  # a process, whose tables stay as they are
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module) and {*model.parameters()} == {*inner.parameters()}:
+        return _network(inner)  # a diffusion, or another wrapper, whose own arithmetic and tables stay as they are
     return model
 
 
@@ -183,9 +229,17 @@ def computes_in_bfloat16(kind: str) -> bool:
     return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    named = chain(network.named_parameters(), network.named_buffers())
-    return ((name, tensor) for name, tensor in named if tensor.is_floating_point())
+def _tensors(network: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The floating parameters, and the buffers of modules that have some; each once."""
+    seen = set()
+    for module in network.modules():
+        own = [*module.named_parameters(recurse=False)]
+        if any(p.is_floating_point() for _, p in own):
+            own += module.named_buffers(recurse=False)
+        for name, tensor in own:
+            if tensor.is_floating_point() and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield module, name, tensor
 
 
 def _replace(tensor: Tensor, data: Tensor) -> None:
@@ -194,90 +248,3 @@ def _replace(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
     if grad is not None:
         tensor.grad = torch.empty_like(data).copy_(grad)
-
-
-# The model
-
-
-@functools.cache
-def _optimized(cls: type) -> type:
-    """The class of an optimised model of class `cls`."""
-
-    class Optimized(cls):
-        @functools.wraps(cls.forward)
-        def forward(self, *args, **kwargs):
-            dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
-            given: list[torch.dtype] = []
-
-            def arriving(x: Tensor) -> Tensor:
-                if not x.is_floating_point() or x.dim() < 2 or x.numel() <= len(x):
-                    return x
-                given.append(x.dtype)
-                return x if dtype is None else x.to(dtype)
-
-            def leaving(x: Tensor) -> Tensor:
-                x = computed(x)
-                return x.to(given[0]) if given and x.dtype == dtype else x
-
-            args, kwargs = each(arriving, args), each(arriving, kwargs)
-            if torch.compiler.is_compiling():
-                return each(leaving, super().forward(*args, **kwargs))
-            weights = getattr(self, _STATE).weights
-            weights.refresh()
-            with packing.packed(weights):
-                return each(leaving, super().forward(*args, **kwargs))
-
-        def __reduce_ex__(self, protocol: int) -> tuple:
-            # It is not found by its name, as pickle and copy would look for it.
-            reduced = super().__reduce_ex__(protocol)
-            if reduced[0] is copyreg.__newobj__ and reduced[1] == (Optimized,):
-                return (_new, (cls,), *reduced[2:])
-            return reduced
-
-    Optimized.__name__, Optimized.__qualname__, Optimized.__module__ = cls.__name__, cls.__qualname__, cls.__module__
-    Optimized.__doc__ = cls.__doc__
-    return Optimized
-
-
-def _new(cls: type) -> nn.Module:
-    return _optimized(cls).__new__(_optimized(cls))
-
-
-# Its modules
-
-
-def _kind(module: nn.Module) -> type | None:
-    """The class that takes the place of the module's own."""
-    if "forward" in vars(module):
-        return None
-    if type(module) is nn.Conv2d:
-        return _Conv2d
-    if type(module) is nn.Linear:
-        return _Linear
-    if isinstance(module, nn.GroupNorm) and module.affine and (type(module) is nn.GroupNorm or only_casts(module)):
-        return PendingGroupNorm
-    return None
-
-
-def _arriving(x: Tensor, weight: Tensor) -> Tensor:
-    """Networks make some tensors in float32 whatever their weights: embeddings of t, or what they cast themselves."""
-    x = computed(x)
-    if x.dtype == weight.dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(weight.dtype)
-
-
-class _Conv2d(packing.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        x = _arriving(x, self.weight)
-        if x.dim() == 4:  # others' code drops the format, on purpose for large batches or before a shortcut
-            x = x.contiguous(memory_format=torch.channels_last)
-        return super().forward(x)
-
-
-class _Linear(packing.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_arriving(x, self.weight))
-
-
-_OURS = (_Conv2d, _Linear, PendingGroupNorm)

@@ -1,0 +1,169 @@
+"""The classes that `optimize` gives to the modules of a network."""
+
+__all__ = ["OPTIMIZED_LAYERS", "SHARED", "STATE", "Shared", "calling", "replacement"]
+
+import copyreg
+import functools
+from contextlib import ExitStack
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from . import packed_weights as packing
+from .lazy_group_norm import PendingGroupNorm, computed, only_casts, transformed
+from .mixed_dtypes import MixedDtypes, each, is_timestep
+
+STATE = "_ddpm_fast_state"  # the attribute of an optimised model that holds what `restore` needs
+SHARED = "_ddpm_fast_shared"  # the attribute of each optimised module that holds the network's `Shared`
+
+
+class Shared:
+    """What the modules of one optimised network share.
+
+    Attributes:
+        weights: the packed weights.
+        reduced: the dtype that the network was converted to, or None where it kept its own.
+        dtype: what `model.dtype` was before the conversion; None where the model has no such property.
+    """
+
+    def __init__(self, reduced: torch.dtype | None, dtype: torch.dtype | None) -> None:
+        self.weights = packing.PackedWeights()
+        self.reduced = reduced
+        self.dtype = dtype
+
+
+# The network whose module is being called in this thread.
+_in_call: ContextVar[Shared | None] = ContextVar("the optimised network in a call", default=None)
+
+
+def replacement(module: nn.Module) -> type | None:
+    """The class that replaces the module's own, or None where the module keeps it."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule) or kind.forward is nn.Module.forward:
+        return None
+    if "forward" not in vars(module):
+        if kind is nn.Conv2d:
+            return _Conv2d
+        if kind is nn.Linear:
+            return _Linear
+        if isinstance(module, nn.GroupNorm) and module.affine and (kind is nn.GroupNorm or only_casts(module)):
+            return PendingGroupNorm
+    return calling(kind) if _dtype(module) is not None else None
+
+
+@functools.cache
+def calling(cls: type) -> type:
+    """A subclass of `cls`, of the same name, whose outermost call in a network casts inputs and results.
+
+    Whichever module of a network is called from outside, be it the network, or the encoder of an autoencoder within
+    `encode`, takes any floating dtype and returns the dtype that it was given.
+    """
+
+    class Optimized(cls):
+        @functools.wraps(cls.forward)
+        def forward(self, *args, **kwargs):
+            if torch.compiler.is_compiling():
+                if STATE in self.__dict__:
+                    return _cast_call(self, functools.partial(cls.forward, self), args, kwargs)
+                return cls.forward(self, *args, **kwargs)
+            shared = vars(self).get(SHARED)  # none in a slice of an nn.Sequential, or once restored
+            if shared is None or _in_call.get() is shared:
+                return cls.forward(self, *args, **kwargs)
+            with ExitStack() as stack:
+                stack.callback(_in_call.reset, _in_call.set(shared))
+                shared.weights.refresh()
+                stack.enter_context(packing.packed(None if transformed() else shared.weights))
+                if shared.reduced is not None:
+                    stack.enter_context(MixedDtypes(shared.reduced))
+                if torch._C._current_graph_task_id() != -1:
+                    # Gradient checkpointing repeats a part of a call, whose tensors have the dtypes of the inside.
+                    return each(computed, cls.forward(self, *args, **kwargs))
+                return _cast_call(self, functools.partial(cls.forward, self), args, kwargs)
+
+        def __reduce_ex__(self, protocol: int) -> tuple:
+            # pickle and copy would look the class up by its name, where `cls` is.
+            reduced = super().__reduce_ex__(protocol)
+            if reduced[0] is copyreg.__newobj__ and reduced[1] == (Optimized,):
+                return (_new, (cls,), *reduced[2:])
+            return reduced
+
+    if isinstance(getattr(cls, "dtype", None), property):
+
+        def dtype(self) -> torch.dtype:
+            """The dtype that the model is to be called with; during a call, the one that it computes in."""
+            own, shared = cls.dtype.fget(self), vars(self).get(SHARED)
+            outside = shared is not None and _in_call.get() is not shared
+            return shared.dtype if outside and shared.dtype is not None and own == shared.reduced else own
+
+        Optimized.dtype = property(dtype)
+
+    Optimized.__name__, Optimized.__qualname__, Optimized.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    Optimized.__doc__ = cls.__doc__
+    return Optimized
+
+
+def _new(cls: type) -> nn.Module:
+    return calling(cls).__new__(calling(cls))
+
+
+def _cast_call(module: nn.Module, forward, args: tuple, kwargs: dict):
+    """Calls `forward` with floating inputs in the dtype of the module's weights, and casts its results back."""
+    dtype = _dtype(module)
+    given: list[torch.dtype] = []
+
+    def arriving(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or is_timestep(x):
+            return x
+        given.append(x.dtype)
+        return x if dtype is None else x.to(dtype)
+
+    def leaving(x: Tensor) -> Tensor:
+        x = computed(x)
+        return x.to(given[0]) if given and x.dtype == dtype else x
+
+    return each(leaving, forward(*each(arriving, args), **each(arriving, kwargs)))
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    """That of the weights a module computes with. float8 is a storage format, whose owner converts it in each call."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+
+
+def _call_layer(layer: nn.Module, forward, x: Tensor) -> Tensor:
+    """Calls a layer with x in the dtype of its weight.
+
+    Networks make some tensors in float32 whatever their weights are: embeddings of t, or what they cast for precision.
+    Where the layer itself is what is called from outside, its result has the dtype of x.
+    """
+    x, weight = computed(x), layer.weight
+    if x.dtype == weight.dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return forward(x)
+    y = forward(x.to(weight.dtype))
+    if torch.compiler.is_compiling() or _in_call.get() is not None or torch._C._current_graph_task_id() != -1:
+        return y
+    return y.to(x.dtype)
+
+
+class _Conv2d(packing.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, _Conv2d):  # restored since, while a hook still holds this method
+            return type(self).forward(self, x)
+        return _call_layer(self, self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if (
+            x.dim() == 4 and not transformed()
+        ):  # some code drops the format, deliberately for large batches or before a shortcut
+            x = x.contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
+
+
+class _Linear(packing.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, _Linear):
+            return type(self).forward(self, x)
+        return _call_layer(self, super().forward, x)
+
+
+OPTIMIZED_LAYERS = (_Conv2d, _Linear, PendingGroupNorm)
