@@ -46,14 +46,15 @@ struct QSample {
 
 // loss[n] = scale weight / sample_size sum |pred - (p x_start + q noise)|, with (p, q, weight) = rows[t]
 struct WeightedLoss {
-  const void* pred;     // pred_type
-  const void* x_start;  // data_type, or null, or uint8 if x_is_bytes
-  const void* noise;    // data_type, or null; with keys null too, q is not read
-  const int64_t* keys;  // (samples, 2), or null
-  const int64_t* t;     // (samples,)
-  const float* rows;    // (timesteps, 3)
-  float* loss;          // (samples,)
-  void* grad;           // pred_type: the gradient of loss by pred, or null
+  const void* pred;       // pred_type
+  const void* x_start;    // data_type, or null, or uint8 if x_is_bytes
+  const void* noise;      // data_type, or null; with keys null too, q is not read
+  const int64_t* keys;    // (samples, 2), or null
+  const int64_t* t;       // (samples,)
+  const float* rows;      // (timesteps, 3)
+  const float* upstream;  // (samples,), multiplies the gradient, or null
+  float* loss;            // (samples,)
+  void* grad;             // pred_type: the gradient of loss by pred, or null
   Shape shape;
   int64_t timesteps;
   float scale;

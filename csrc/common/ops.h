@@ -72,8 +72,8 @@ struct Ops {
   }
 
   static std::tuple<Tensor, Tensor> weighted_loss(const Tensor& pred, const MaybeTensor& x_start,
-      const MaybeTensor& noise, const MaybeTensor& keys, const Tensor& t, const Tensor& rows, int64_t loss_type,
-      double scale, bool with_grad) {
+      const MaybeTensor& noise, const MaybeTensor& keys, const Tensor& t, const Tensor& rows,
+      const MaybeTensor& upstream, int64_t loss_type, double scale, bool with_grad) {
     const Inputs inputs("weighted_loss", "pred", pred);
     inputs.check_data("pred", pred, floats);
     const ScalarType type = pred.scalar_type();
@@ -93,6 +93,7 @@ struct Ops {
     inputs.check_array("keys", keys, ScalarType::Long, {inputs.samples(), 2});
     inputs.check_array("t", t, ScalarType::Long, {inputs.samples()});
     inputs.check_array("rows", rows, ScalarType::Float, {-1, 3});
+    inputs.check_array("upstream", upstream, ScalarType::Float, {inputs.samples()});
     inputs.check_index("t", t, rows.size(0));
     STD_TORCH_CHECK(x_start || noise || keys, "weighted_loss: there is no target");
     STD_TORCH_CHECK(!(noise && keys), "weighted_loss: give either noise or keys");
@@ -103,8 +104,9 @@ struct Ops {
     if (pred.numel() == 0) return {torch::stable::zero_(loss), grad};
     run_with_workspace(inputs,
         WeightedLoss{data_of(pred), data_of(x_start), data_of(noise), integers_of(keys), integers_of(t),
-            floats_of(rows), result_of(loss), data_if(with_grad, grad), inputs.shape(), rows.size(0),
-            static_cast<float>(scale), static_cast<LossType>(loss_type), type_of(type), type_of(data), bytes});
+            floats_of(rows), floats_of(upstream), result_of(loss), data_if(with_grad, grad), inputs.shape(),
+            rows.size(0), static_cast<float>(scale), static_cast<LossType>(loss_type), type_of(type), type_of(data),
+            bytes});
     return {loss, grad};
   }
 

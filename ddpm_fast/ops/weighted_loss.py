@@ -87,21 +87,24 @@ def weighted_loss(
         loss = reference.weighted_loss(pred, x_start, noise, keys, t, rows, loss_type)
         return loss if reduction == "none" else loss.sum() / max(len(pred), 1)
     scale = 1.0 if reduction == "none" else 1 / max(len(pred), 1)
-    loss, _ = function(pred, x_start, noise, keys, t, rows, LOSS_TYPES.index(loss_type), scale, layout.needs_grad(pred))
+    index = LOSS_TYPES.index(loss_type)
+    loss, _ = function(pred, x_start, noise, keys, t, rows, None, index, scale, layout.needs_grad(pred))
     return loss if reduction == "none" else loss.sum()
 
 
-def _kernel(pred, x_start, noise, keys, t, rows, loss_type, scale, with_grad):
+def _kernel(pred, x_start, noise, keys, t, rows, upstream, loss_type, scale, with_grad):
     layout.check_index("weighted_loss", "t", t, len(rows))
     arguments = (pred, x_start, noise, keys, t, rows, LOSS_TYPES[loss_type])
     loss = scale * reference.weighted_loss(*arguments)
     if not with_grad:
         return loss, pred.new_empty(0)
+    if upstream is not None:  # the factors first, since a small slope times a small scale could underflow
+        scale = (scale * upstream).view(-1, *[1] * (pred.dim() - 1))
     grad = scale * reference.weighted_loss_gradient(*arguments)
     return loss, grad.to(pred.dtype).contiguous(memory_format=layout.memory_format(pred))
 
 
-def _fake(pred, x_start, noise, keys, t, rows, loss_type, scale, with_grad):
+def _fake(pred, x_start, noise, keys, t, rows, upstream, loss_type, scale, with_grad):
     grad = torch.empty_like(pred, memory_format=layout.memory_format(pred)) if with_grad else pred.new_empty(0)
     return pred.new_empty(len(pred), dtype=torch.float32), grad
 
@@ -115,19 +118,19 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss: Tensor | None, _):
     (grad,) = ctx.saved_tensors
     if grad_loss is None:
-        return (None,) * 9
+        return (None,) * 10
     # loss.backward() hands over ones: finding out is free on the CPU, and spares a pass. (Compilers' tensors, of other
     # types, cannot tell.)
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool((grad_loss == 1).all()):
-        return grad, *[None] * 8
-    return (grad * grad_loss.view(-1, *[1] * (grad.dim() - 1))).to(grad.dtype), *[None] * 8
+        return grad, *[None] * 9
+    return (grad * grad_loss.view(-1, *[1] * (grad.dim() - 1))).to(grad.dtype), *[None] * 9
 
 
 _op = dispatch.define(
     "weighted_loss",
-    # loss, grad: scale * the loss of each sample, and its gradient by pred (empty without with_grad)
-    "(Tensor pred, Tensor? x_start, Tensor? noise, Tensor? keys, Tensor t, Tensor rows, int loss_type, float scale, "
-    "bool with_grad) -> (Tensor loss, Tensor grad)",
+    # loss, grad: scale * the loss of each sample, and its gradient by pred times upstream (empty without with_grad)
+    "(Tensor pred, Tensor? x_start, Tensor? noise, Tensor? keys, Tensor t, Tensor rows, Tensor? upstream, "
+    "int loss_type, float scale, bool with_grad) -> (Tensor loss, Tensor grad)",
     kernel=_kernel,
     reference=reference.weighted_loss,
     fake=_fake,

@@ -40,7 +40,7 @@ def test_the_gradient_of_the_loss_is_the_one_that_autograd_finds(runner):
         reference = backends.OPS["weighted_loss"].reference
         loss = reference(leaf, x_start.double(), None, keys, t, rows.double(), name)
         (expected,) = torch.autograd.grad(loss.sum(), leaf)
-        _, grad = runner.call("weighted_loss", (pred, x_start, None, keys, t, rows, kind, 1.0, True))
+        _, grad = runner.call("weighted_loss", (pred, x_start, None, keys, t, rows, None, kind, 1.0, True))
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-7)
 
 

@@ -301,8 +301,8 @@ def test_a_timestep_outside_the_table_reads_nothing_and_gives_nan(cc):
         results = (
             x_next,
             op.q_sample(x, None, keys, t, rows[:, :2].contiguous(), F32),
-            op.weighted_loss(x, None, None, keys, t, rows[:, :3].contiguous(), 0, 1.0, False)[0],
-            op.weighted_loss(x, x, None, None, t, rows[:, :3].contiguous(), 1, 1.0, True)[1],
+            op.weighted_loss(x, None, None, keys, t, rows[:, :3].contiguous(), None, 0, 1.0, False)[0],
+            op.weighted_loss(x, x, None, None, t, rows[:, :3].contiguous(), None, 1, 1.0, True)[1],
             op.vlb_terms(x, x, x, None, t, rows, -1.0, 1.0),
         )
     for result in results:
@@ -328,7 +328,7 @@ def test_a_sample_has_the_same_bits_in_any_batch_and_in_every_run(layout):
         x_, pred_, grad_, keys_, t_ = (y[rows_of] for y in (x, pred, grad, keys, t))
         y, mean, rstd = op.group_norm_silu(x_, weight, weight, None, None, 1, 1e-5, True)
         gradient = op.group_norm_silu_backward(grad_, x_, mean, rstd, weight, weight, None, None, 1, True)[0]
-        loss = op.weighted_loss(pred_, x_, None, keys_, t_, rows[:, :3].contiguous(), 2, 1.0, True)
+        loss = op.weighted_loss(pred_, x_, None, keys_, t_, rows[:, :3].contiguous(), None, 2, 1.0, True)
         return *loss, op.vlb_terms(x_, x_, pred_, None, t_, rows, -1.0, 1.0), y, mean, rstd, gradient
 
     with simulated(90) as launched:
@@ -351,7 +351,8 @@ def plant(tmp_path, monkeypatch):
         # The modules stay loaded: Triton unloads a kernel by the driver, and none is active after the test.
         package = tmp_path / f"planted_{hash(tmp_path) & 0xFFFFFFFF:x}"
         shutil.copytree(here / "triton", package / "triton", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(here / "reference.py", package)
+        for name in ("layout.py", "reference.py"):
+            shutil.copy(here / name, package)
         path = package / "triton" / file
         text = path.read_text()
         assert right in text

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import memory_format
+from ..layout import memory_format
 
 _TILE = 2048  # elements
 _PART = 32768  # elements of a program that sums

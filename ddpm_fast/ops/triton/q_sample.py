@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import memory_format
+from ..layout import memory_format
 from .noise import tile_noise
 from .tiles import grid, load_key, load_tile, locate, part_of_program, store, table_row, tiling
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import memory_format
+from ..layout import memory_format
 from .noise import tile_noise
 from .sums import SPAN, add_parts, parts_of
 from .tiles import grid, load_key, load_tile, locate, part_of_program, store, table_row, tiling
@@ -20,6 +20,7 @@ def weighted_loss(
     keys: Tensor | None,
     t: Tensor,
     rows: Tensor,
+    upstream: Tensor | None,
     loss_type: int,
     scale: float,
     with_grad: bool,
@@ -36,6 +37,7 @@ def weighted_loss(
             keys,
             t,
             rows,
+            upstream,
             parts,
             grad,
             scale * len(pred) / pred.numel(),
@@ -61,6 +63,7 @@ def _weighted_loss(
     keys,
     t,
     rows,
+    upstream,
     parts,
     grad,
     scale,
@@ -79,7 +82,8 @@ def _weighted_loss(
     row, valid = table_row(rows, tl.load(t + sample), timesteps, 3)
     p = tl.load(row, mask=valid, other=float("nan"))
     q = tl.load(row + 1, mask=valid, other=float("nan"))
-    factor = tl.load(row + 2, mask=valid, other=float("nan")) * scale
+    weight = tl.load(row + 2, mask=valid, other=float("nan"))
+    factor = weight * scale
     if keys is not None:
         key = load_key(keys, sample, True)
 
