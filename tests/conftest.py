@@ -1,3 +1,4 @@
+import architectures
 import pytest
 import torch
 
@@ -7,6 +8,12 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--update-budgets", action="store_true", help="write tests/budgets.toml instead of comparing")
+    parser.addoption("--all-architectures", action="store_true", help="simulate kernels for sm_80, sm_90 and sm_100")
+
+
+def pytest_configure(config):
+    if config.getoption("all_architectures") or config.getoption("update_budgets"):
+        architectures.choose_all()
 
 
 @pytest.fixture(autouse=True)

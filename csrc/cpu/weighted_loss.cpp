@@ -50,7 +50,7 @@ void run(const WeightedLoss& w) {
     if (w.noise) noise = load(w.noise, w.data_type, index, size, noise_buffer);
     set_errors(pred, p, x_start, q, noise, size, error);
     float* grad = w.grad ? place(w.grad, w.pred_type, index, pred_buffer) : nullptr;
-    const float factor = w.scale * weight / sample_size;
+    const float factor = (w.upstream ? w.scale * w.upstream[n] : w.scale) * weight / sample_size;
     switch (w.loss_type) {
       case LossType::l2:
         set_losses<LossType::l2>(error, factor, size, grad);

@@ -29,7 +29,9 @@ __global__ void __launch_bounds__(kSumThreads, 2)
   const int64_t t = present ? l.t[sample] : 0;
   const bool known = static_cast<uint64_t>(t) < static_cast<uint64_t>(l.timesteps);
   const float* row = l.rows + (known ? 3 * t : 0);
-  const float p = row[0], q = row[1], factor = l.scale * (row[2] / static_cast<float>(size_of(l.shape)));
+  // A sample without elements has the loss 0.
+  const float p = row[0], q = row[1], weight = row[2] / static_cast<float>(max(size_of(l.shape), int64_t{1}));
+  const float slope_factor = (l.upstream && present ? l.scale * l.upstream[sample] : l.scale) * weight;
   Key key{};
   if (l.keys && present) key = load_key(l.keys, sample);
 
@@ -61,14 +63,14 @@ __global__ void __launch_bounds__(kSumThreads, 2)
     if (l.loss_type == LossType::huber) sum += losses<LossType::huber>(tile, error);
     if (!l.grad) return;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) error[j] *= factor;
+    for (int j = 0; j < kSize; ++j) error[j] *= slope_factor;
     tile.template store<Pred>(l.grad, error);
   });
 
   sum = row_sum(sum);
   if (threadIdx.x == 0 && present) {
     float* out = gridDim.x > 1 ? l.workspace + sample * gridDim.x + blockIdx.x : l.loss + sample;
-    *out = sum * factor;
+    *out = sum * (l.scale * weight);
   }
   CUDA_KERNEL_ASSERT(known && "weighted_loss: t is outside [0, T)");
 }

@@ -141,7 +141,7 @@ def q_sample_truth(x_start, noise, keys, t, rows, dtype):
     return [rounded(a * x + s * eps, error, dtype)]
 
 
-def weighted_loss_truth(pred, x_start, noise, keys, t, rows, loss_type, scale, with_grad):
+def weighted_loss_truth(pred, x_start, noise, keys, t, rows, upstream, loss_type, scale, with_grad):
     eps, noise_error = noise_of(noise, keys, pred.shape)
     p, q, weight = columns(rows, t, pred)
     x = torch.zeros_like(pred, dtype=torch.float64) if x_start is None else pixels(x_start)
@@ -164,8 +164,11 @@ def weighted_loss_truth(pred, x_start, noise, keys, t, rows, loss_type, scale, w
     results = [rounded(loss, loss_error, torch.float32)]
     if with_grad:
         change = {"l2": 2 * error, "l1": 2.0 * (difference.abs() <= error), "huber": error}[kind]
+        if upstream is not None:
+            factor = factor * upstream.double()
         factor = factor.view(-1, *[1] * (pred.ndim - 1))
-        results.append(rounded(factor * slope, factor * (change + 4 * EPS * slope.abs()), pred.dtype))
+        error = factor.abs() * (change + 5 * EPS * slope.abs())
+        results.append(rounded(factor * slope, error, pred.dtype))
     return results
 
 

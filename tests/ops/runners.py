@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from ptxsim import toolchain
@@ -14,7 +15,6 @@ from ddpm_fast.ops import native
 from ddpm_fast.ops.dispatch import OPS, has_triton
 
 GPU = torch.cuda.is_available()
-SIMULATED = (80, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def runners() -> list[Any]:
         add("cuda", namespace("ddpm_fast"), native.modules["cuda"].reason, device="cuda")
         return found
     no_nvcc = "" if toolchain.has_tool("nvcc") else "nvcc was not found"
-    for cc in SIMULATED:
+    for cc in architectures.chosen:
         add(f"triton-sm{cc}", simulated_triton(cc), no_triton, simulated=True)
         add(f"cuda-sm{cc}", simulated_cuda(cc), no_nvcc, simulated=True)
     return found

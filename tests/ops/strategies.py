@@ -59,9 +59,9 @@ def weighted_loss(draw, most):
     x_start = None if given is None else data(shape, given, layout, 1)
     pred = data(shape, dtype, layout, 0)
     kind, scale = draw(st.integers(0, 2)), draw(st.sampled_from([1.0, 0.3]))
-    return Case(
-        "weighted_loss", (pred, x_start, noise, keys, make_t(shape[0]), schedule(3), kind, scale, draw(st.booleans()))
-    )
+    upstream = data(shape[:1], torch.float32, layout, 4) if draw(st.booleans()) else None
+    table = (make_t(shape[0]), schedule(3), upstream)
+    return Case("weighted_loss", (pred, x_start, noise, keys, *table, kind, scale, draw(st.booleans())))
 
 
 @st.composite

@@ -84,6 +84,9 @@ def _weighted_loss(
     q = tl.load(row + 1, mask=valid, other=float("nan"))
     weight = tl.load(row + 2, mask=valid, other=float("nan"))
     factor = weight * scale
+    steepness = factor  # of the gradient
+    if upstream is not None:
+        steepness = weight * (scale * tl.load(upstream + sample))
     if keys is not None:
         key = load_key(keys, sample, True)
 
@@ -116,5 +119,5 @@ def _weighted_loss(
                 slope = tl.where(size <= 1, error, sign)
             total += tl.where(mask, value, 0.0)
             if grad is not None:
-                store(grad, start + lane * extent, element, mask, slope * factor)
+                store(grad, start + lane * extent, element, mask, slope * steepness)
     tl.store(parts + sample.to(tl.int64) * tl.cdiv(tiles, SPAN) + part, tl.sum(total) * factor)

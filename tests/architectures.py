@@ -1,0 +1,10 @@
+"""The GPU architectures that tests compile and simulate kernels for: one, or all with `pytest --all-architectures`."""
+
+ALL = (80, 90, 100)
+chosen: tuple[int, ...] = (90,)
+
+
+def choose_all() -> None:
+    """Called by conftest.py before tests are collected."""
+    global chosen
+    chosen = ALL
