@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import dispatch, layout, reference
 from .arguments import FLOATING, Rule, Rules
-from .transforms import transformed
+from .transforms import by_reference_backward
 
 __all__ = ["group_norm_silu"]
 
@@ -143,7 +143,7 @@ def _backward(ctx, grad: Tensor | None, *_):
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     if grad is None:
         return (None,) * 8
-    if torch.is_grad_enabled() or transformed():
+    if by_reference_backward(grad):
 
         def y(*tensors: Tensor | None) -> Tensor:
             return reference.group_norm_silu(*tensors, ctx.groups, ctx.eps, ctx.silu)[0]

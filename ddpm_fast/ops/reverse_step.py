@@ -138,6 +138,12 @@ def reverse_step(
     # A state in half precision goes with predictions of its own dtype, one in float32 with any.
     pred_dtype = pred.dtype
     inner = x.dtype if x.dtype in (torch.bfloat16, torch.float16) or pred.dtype == torch.float64 else pred.dtype
+    wants_grad = needs_grad(x, pred, noise, x_start_prev, variance, *(out or ()))
+    if out is not None and (wants_grad or transformed()):
+        raise ValueError(
+            "reverse_step writes to `out` only where no gradient is wanted, and outside the transforms of torch.func: "
+            "detach its inputs, or give no `out`"
+        )
     if out is not None:
         inputs = {"pred": pred, "noise": noise, "variance": variance, "clip": bounds, "keys": keys, "rows": rows}
         _check_out(out, x, inner, memory_format, inputs | {"step": step, "x_start_prev": x_start_prev})
@@ -153,12 +159,6 @@ def reverse_step(
     keys, step, bounds = layout.dense(keys, step, bounds)
 
     arguments = (x, pred, noise, keys, x_start_prev, variance, bounds, step, rows, float(low), float(high))
-    wants_grad = needs_grad(x, pred, noise, x_start_prev, variance, *(out or ()))
-    if out is not None and (wants_grad or transformed()):
-        raise ValueError(
-            "reverse_step writes to `out` only where no gradient is wanted, and outside the transforms of torch.func: "
-            "detach its inputs, or give no `out`"
-        )
     if out is None and _op.by_reference(x, wants_grad):
         x_next, x_start = _results(*arguments)
         model_input = x_next.to(pred_dtype) if return_model_input else None

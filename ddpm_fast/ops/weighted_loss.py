@@ -9,7 +9,7 @@ from . import dispatch, layout, reference
 from .arguments import FLOATING, Rule, Rules, check_index, is_data, is_index, is_table, keys_fit, needs_grad, noise_fits
 from .noise import given_noise
 from .reference import LOSS_TYPES
-from .transforms import transformed
+from .transforms import by_reference_backward
 
 __all__ = ["weighted_loss"]
 
@@ -159,7 +159,7 @@ def _backward(ctx, grad_loss: Tensor | None, _):
 def _gradient(ctx, grad_loss: Tensor) -> Tensor:
     """The gradient by pred for a gradient of the losses, (N,)."""
     *tensors, grad = ctx.saved_tensors
-    if torch.is_grad_enabled() or transformed():
+    if by_reference_backward(grad_loss):
         pred, *others = tensors
 
         def loss(pred: Tensor) -> Tensor:
