@@ -38,7 +38,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import integer
-from .ops import reference
+from .ops.noise import noise_of
 
 # Streams of other uses than the steps of a sampling run, which are fewer.
 OFFSET = 1 << 32  # offset noise in training
@@ -136,7 +136,7 @@ def gaussian(
     if not shape or any(size < 0 for size in shape):
         raise ValueError(f"shape must be (N, ...) with sizes of at least 0, got {shape}")
     keys = sample_keys(shape[0], seed=seed, streams=stream, sample_offset=sample_offset, device=device)
-    return reference.noise_of(keys, shape).to(dtype)
+    return noise_of(keys, shape).to(dtype)
 
 
 class NoiseSource:

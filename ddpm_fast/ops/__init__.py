@@ -1,4 +1,4 @@
-"""The inner loops of diffusion, which know nothing of diffusion models but rows of coefficients."""
+"""The inner loops of diffusion models. Of a model the ops take rows of coefficients alone."""
 
 __all__ = [
     "BACKENDS",
@@ -17,9 +17,10 @@ __all__ = [
 
 from .dispatch import BACKENDS, backend
 from .group_norm_silu import group_norm_silu
+from .layout import channels_last_format
 from .noise import fold_in, normal
 from .q_sample import q_sample
-from .reference import LOSS_TYPES, channels_last_format
+from .reference import LOSS_TYPES
 from .reverse_step import ReverseStep, reverse_step
 from .vlb_terms import vlb_terms
 from .weighted_loss import weighted_loss

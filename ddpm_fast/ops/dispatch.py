@@ -1,16 +1,17 @@
-"""Who does the work: plain PyTorch, or the kernels for the CPU, for Triton or for CUDA.
+"""Backend selection: plain PyTorch, or the kernels for the CPU, for Triton or for CUDA.
 
 Each op is registered twice. `ddpm_fast::op` has the reference as its default kernel, and the compiled modules (or
-Triton, where there is no CUDA module) add kernels for their device: PyTorch's dispatcher is the automatic choice.
-`ddpm_fast_triton::op` is Triton's alone, for those who ask for it. Both share their fake kernel and their gradient.
+Triton, if there is no CUDA module) add kernels for their devices: PyTorch's dispatcher makes the automatic choice.
+`ddpm_fast_triton::op` always runs Triton's kernel. Both share their fake kernel and their gradient.
 """
 
-__all__ = ["BACKENDS", "OPS", "Op", "availability", "backend", "define", "has_triton"]
+__all__ = ["BACKENDS", "OPS", "Op", "availability", "backend", "chosen", "define", "has_triton", "reference_gradient"]
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module, util
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .transforms import transformed
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -29,13 +31,24 @@ def _known(name: str | None) -> str | None:
     return name
 
 
-# Not a ContextVar, which torch.compile cannot guard on: the choice holds for the whole process.
-_chosen: str | None = _known(os.environ.get("DDPM_FAST_BACKEND") or None)
+_default: str | None = _known(os.environ.get("DDPM_FAST_BACKEND") or None)
+# torch.compile guards on the value of a ContextVar: compiled code is traced again for another choice.
+_chosen: ContextVar[str | None] = ContextVar("ddpm_fast backend", default=_default)
+_contexts: ContextVar[tuple[list[str | None], ...]] = ContextVar("ddpm_fast backend contexts", default=())
+
+
+def chosen() -> str | None:
+    """The backend that was asked for in this thread; None for the automatic choice."""
+    return _chosen.get()
 
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Within this context, all ops are done by one backend, in all threads.
+    """Within this context, all ops are computed by one backend.
+
+    The choice holds in the thread (or asyncio task) that enters the context; others keep their own. Contexts may
+    overlap without nesting, as those of two generators do: the one entered last holds among those not yet left.
+    The gradient of an op is computed by the backend that computed the op.
 
     Args:
         name: reference (plain PyTorch, any device), cpu (C++), triton or cuda (C++); None for the automatic choice,
@@ -45,12 +58,17 @@ def backend(name: str | None) -> Iterator[None]:
         ValueError: an unknown name. An op whose tensors that backend cannot serve raises RuntimeError when it is
             called, with the reason.
     """
-    global _chosen
-    before, _chosen = _chosen, _known(name)
+    entry = [_known(name)]  # a list, so that it differs from every other entry
+
+    def hold(contexts: tuple[list[str | None], ...]) -> None:
+        _contexts.set(contexts)
+        _chosen.set(contexts[-1][0] if contexts else _default)
+
+    hold((*_contexts.get(), entry))
     try:
         yield
     finally:
-        _chosen = before
+        hold(tuple(other for other in _contexts.get() if other is not entry))
 
 
 def availability(name: str) -> tuple[bool, str]:
@@ -95,29 +113,42 @@ def _serves(name: str, tensor: Tensor) -> tuple[bool, str]:
 
 
 class Op(NamedTuple):
-    """An op on every backend."""
+    """An op on every backend. All functions take the strict op's arguments, in the order of its schema."""
 
     name: str
+    arguments: type[tuple]  # a NamedTuple of the strict op's arguments
     kernel: Callable[..., Any]  # the strict op in plain PyTorch
-    reference: Callable[..., Any]  # the same for autograd to differentiate
+    reference: Callable[..., Any]  # the same, which PyTorch can differentiate and transform
     automatic: Callable[..., Any]  # the strict op as PyTorch dispatches it
-    triton: Callable[..., Any]  # the strict op as Triton does it
+    triton: Callable[..., Any]  # the strict op by Triton
 
-    def __call__(self, like: Tensor) -> Callable[..., Any]:
-        """The function that serves tensors like the one given; the reference itself where that was asked for.
+    def __call__(self, like: Tensor, *, differentiated: bool = False) -> Callable[..., Any]:
+        """The function that serves tensors like the one given."""
+        return self.reference if self.by_reference(like, differentiated) else self.kernel_of(_chosen.get())
 
-        Data in float64 is the reference's whatever the backend: the kernels' arithmetic is float32.
+    def by_reference(self, like: Tensor, differentiated: bool = False) -> bool:
+        """Whether the reference serves tensors like the one given.
+
+        It does if it was asked for, if a transform of torch.func or forward-mode differentiation is active, if the op
+        is to be differentiated by more than its registered gradient covers, and for float64 data whatever the backend:
+        the kernels' arithmetic is float32.
+
+        Raises:
+            RuntimeError: the backend that was asked for cannot serve the tensor.
         """
-        if _chosen is None:
+        name = _chosen.get()
+        if name is None:
             if like.device.type in _unannounced:
                 _announce(like.device.type)
         elif not torch.compiler.is_compiling():
-            serves, reason = _serves(_chosen, like)
+            serves, reason = _serves(name, like)
             if not serves:
-                raise RuntimeError(f"{self.name}: backend {_chosen!r} was asked for, but {reason}")
-        if like.dtype == torch.float64 or _chosen == "reference":
-            return self.reference
-        return self.triton if _chosen == "triton" else self.automatic
+                raise RuntimeError(f"{self.name}: backend {name!r} was asked for, but {reason}")
+        return differentiated or like.dtype == torch.float64 or name == "reference" or transformed()
+
+    def kernel_of(self, name: str | None) -> Callable[..., Any]:
+        """The strict op of a backend."""
+        return self.triton if name == "triton" else self.automatic
 
 
 OPS: dict[str, Op] = {}
@@ -134,13 +165,36 @@ def _announce(device: str) -> None:
     if device == "cuda" and availability("triton")[0]:
         return
     reason = native.modules[device].reason
-    warnings.warn(f"ddpm_fast runs in plain PyTorch on {device} tensors: {reason}", stacklevel=4)
+    warnings.warn(f"ddpm_fast runs in plain PyTorch on {device} tensors: {reason}", stacklevel=5)
+
+
+def reference_gradient(
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of a function of tensors for a gradient of its result, by autograd; None where not needed.
+
+    Where gradients are recorded (create_graph=True), those returned can be differentiated in turn.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, since a tensor may be given for two arguments; detached ones need no graph behind them.
+        inputs = [
+            x if x is None or not need else x.view_as(x) if create_graph else x.detach().requires_grad_()
+            for x, need in zip(tensors, needed, strict=True)
+        ]
+        leaves = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
+        found = iter(torch.autograd.grad(function(*inputs), leaves, grad, create_graph=create_graph))
+    return [next(found) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]
 
 
 def define(
     name: str,
     schema: str,
     *,
+    arguments: type[tuple],
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
@@ -151,10 +205,12 @@ def define(
 
     Args:
         schema: its arguments and results. Tensors come checked: dense, contiguous or channels-last, in agreeing dtypes.
+        arguments: a NamedTuple of the schema's arguments, which mirrors the C++ struct.
         kernel: what the op does, in plain PyTorch; the default for devices that have nothing better.
-        reference: the same for autograd to differentiate; what backend("reference") calls.
+        reference: the same, for autograd to differentiate and torch.func to transform; what backend("reference") calls.
         fake: the results' shapes, dtypes and strides.
-        setup_context, backward: the gradient, as torch.library.register_autograd takes it.
+        setup_context, backward: the gradient, as torch.library.register_autograd takes it. When gradients are recorded
+            (create_graph=True) or `transformed()`, it is computed by the reference, so that it can be differentiated.
     """
 
     def triton(*args: Any, **kwargs: Any) -> Any:
@@ -172,5 +228,5 @@ def define(
     if not has_cuda and has_triton():
         torch.library.impl(f"ddpm_fast::{name}", "cuda", triton)
     automatic, by_triton = (getattr(space, name).default for space in (torch.ops.ddpm_fast, torch.ops.ddpm_fast_triton))
-    OPS[name] = Op(name, kernel, reference, automatic, by_triton)
+    OPS[name] = Op(name, arguments, kernel, reference, automatic, by_triton)
     return OPS[name]

@@ -1,11 +1,78 @@
 """Group norm, a scale and a shift, and SiLU: one read of x for the statistics, one for the result."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
+from .arguments import FLOATING, Rule, Rules
+from .transforms import by_reference_backward
 
 __all__ = ["group_norm_silu"]
+
+
+class GroupNormSiluArguments(NamedTuple):
+    """The strict op's arguments, as csrc/common/arguments.h has them in struct GroupNormSilu."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    groups: int
+    eps: float
+    silu: bool
+
+
+class GroupNormSiluBackwardArguments(NamedTuple):
+    """The strict op's arguments, as csrc/common/arguments.h has them in struct GroupNormSiluBackward."""
+
+    grad: Tensor
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    groups: int
+    silu: bool
+
+
+def _modulation_fits(x, weight, bias, groups, scale, shift) -> bool:
+    if scale is None or shift is None:
+        return scale is shift
+    samples_and_channels, device = x.shape[:2], x.device
+    return (
+        scale.shape == samples_and_channels == shift.shape
+        and scale.is_floating_point()
+        and shift.is_floating_point()
+        and scale.device == device == shift.device
+    )
+
+
+# A network calls this op more often than all others: each rule is a plain comparison.
+_RULES = Rules(
+    "group_norm_silu",
+    ("x", "weight", "bias", "groups", "scale", "shift"),
+    Rule(
+        "x (N, C, ...) floating with C a multiple of groups = {groups}",
+        lambda x, weight, bias, groups, *_: (
+            x.dtype in FLOATING and groups > 0 and x.dim() >= 2 and x.shape[1] % groups == 0
+        ),
+    ),
+    Rule(
+        "weight and bias (C,) floating, on the device of x",
+        lambda x, weight, bias, *_: (
+            weight.shape == x.shape[1:2] == bias.shape
+            and weight.is_floating_point()
+            and bias.is_floating_point()
+            and weight.device == x.device == bias.device
+        ),
+    ),
+    Rule("scale and shift (N, C) floating, both or neither, on the device of x", _modulation_fits),
+)
 
 
 def group_norm_silu(
@@ -37,32 +104,7 @@ def group_norm_silu(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    # A network calls this more often than all other ops: the checks are plain comparisons, 5 us in all.
-    channels, device = x.shape[1:2], x.device
-    fits = (
-        x.dtype in layout.FLOATING
-        and groups > 0
-        and channels
-        and channels[0] % groups == 0
-        and weight.shape == channels == bias.shape
-        and weight.is_floating_point()
-        and bias.is_floating_point()
-        and weight.device == device == bias.device
-        and (scale is None) == (shift is None)
-    )
-    if fits and scale is not None:
-        fits = all(p.shape == x.shape[:2] and p.is_floating_point() and p.device == device for p in (scale, shift))
-    if not fits:
-        layout.refuse(
-            "group_norm_silu",
-            f"x (N, C, ...) floating with C a multiple of groups = {groups}, weight and bias (C,), and scale and shift "
-            "(N, C) both or neither, on one device",
-            x=x,
-            weight=weight,
-            bias=bias,
-            scale=scale,
-            shift=shift,
-        )
+    _RULES.check(x, weight, bias, groups, scale, shift)
     x = x.contiguous(memory_format=layout.memory_format(x))
     # The parameters share a dtype, x's or float32; scale and shift have x's.
     if not weight.dtype == bias.dtype == x.dtype:
@@ -71,15 +113,16 @@ def group_norm_silu(
     if scale is not None:
         scale, shift = layout.dense(scale.to(x.dtype), shift.to(x.dtype))
     weight, bias = layout.dense(weight, bias)
-    return _op(x)(x, weight, bias, scale, shift, groups, eps, silu)[0]
+    return _op(x)(*GroupNormSiluArguments(x, weight, bias, scale, shift, groups, eps, silu))[0]
 
 
-def _kernel(x, weight, bias, scale, shift, groups, eps, silu):
-    return reference.group_norm_silu(x, weight, bias, scale, shift, groups, eps, silu)
+def _reference(x, weight, bias, scale, shift, groups, eps, silu):
+    y, mean, rstd = reference.group_norm_silu(x, weight, bias, scale, shift, groups, eps, silu)
+    return y.contiguous(memory_format=layout.memory_format(x)), mean, rstd
 
 
 def _fake(x, weight, bias, scale, shift, groups, eps, silu):
-    statistics = x.new_empty((len(x), groups), dtype=torch.float32)
+    statistics = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     return (
         torch.empty_like(x, memory_format=layout.memory_format(x)),
         statistics,
@@ -88,8 +131,9 @@ def _fake(x, weight, bias, scale, shift, groups, eps, silu):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
+    x, weight, bias, scale, shift, ctx.groups, ctx.eps, ctx.silu = inputs
     _, mean, rstd = output
+    ctx.backend = dispatch.chosen()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
@@ -99,17 +143,25 @@ def _backward(ctx, grad: Tensor | None, *_):
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     if grad is None:
         return (None,) * 8
+    if by_reference_backward(grad):
+
+        def y(*tensors: Tensor | None) -> Tensor:
+            return reference.group_norm_silu(*tensors, ctx.groups, ctx.eps, ctx.silu)[0]
+
+        tensors = (x, weight, bias, scale, shift)
+        return *dispatch.reference_gradient(y, tensors, ctx.needs_input_grad[:5], grad), None, None, None
     grad = grad.contiguous(memory_format=layout.memory_format(x))
     arguments = (grad, x, mean, rstd, weight, bias, scale, shift, ctx.groups, ctx.silu)
-    grads = _backward_op(x)(*arguments)
+    grads = _backward_op.kernel_of(ctx.backend)(*GroupNormSiluBackwardArguments(*arguments))
     if scale is None:
         grads = (*grads[:3], None, None)
     return *grads, None, None, None
 
 
-def _backward_kernel(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu):
+def _backward_reference(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu):
     grads = reference.group_norm_silu_backward(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    grad_x = grads[0].contiguous(memory_format=layout.memory_format(x))
+    return grad_x, *(x.new_empty(0) if g is None else g for g in grads[1:])
 
 
 def _backward_fake(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu):
@@ -125,8 +177,9 @@ _op = dispatch.define(
     "group_norm_silu",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu) "
     "-> (Tensor y, Tensor mean, Tensor rstd)",
-    kernel=_kernel,
-    reference=reference.group_norm_silu,
+    arguments=GroupNormSiluArguments,
+    kernel=_reference,
+    reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -136,7 +189,8 @@ _backward_op = dispatch.define(
     # the gradients of x, weight, bias, scale and shift, the last two empty where there are none
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
     "int groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_backward_kernel,
-    reference=_backward_kernel,
+    arguments=GroupNormSiluBackwardArguments,
+    kernel=_backward_reference,
+    reference=_backward_reference,
     fake=_backward_fake,
 )

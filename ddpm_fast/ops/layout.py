@@ -1,39 +1,35 @@
-"""What the ops ask of their tensors, and how they bring them into the form that kernels take."""
+"""Memory formats and dtypes: the form in which the strict ops take their tensors."""
 
 __all__ = [
-    "FLOATING",
     "as_given",
-    "check_index",
+    "channels_last_format",
     "dense",
-    "describe",
     "eager_on_cpu",
     "memory_format",
-    "needs_grad",
-    "noise_fits",
-    "refuse",
+    "overlap",
     "table",
 ]
-
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from .reference import memory_format
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .transforms import inside_vmap
 
 
-def describe(**tensors: Tensor | None) -> str:
-    return ", ".join(
-        f"{name} {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} {x.device}"
-        for name, x in tensors.items()
-        if x is not None
-    )
+def channels_last_format(ndim: int) -> torch.memory_format | None:
+    """PyTorch's channels-last format for a number of dimensions; None where there is none."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim)
 
 
-def refuse(op: str, needs: str, **tensors: Tensor | None) -> NoReturn:
-    raise ValueError(f"{op} needs {needs}; got {describe(**tensors)}")
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of an op's result: channels-last if x is, contiguous otherwise.
+
+    Inside `torch.vmap`, which does not know the memory format of its tensors, it is contiguous.
+    """
+    layout = channels_last_format(x.ndim)
+    if layout is None or inside_vmap() or not x.is_contiguous(memory_format=layout):
+        return torch.contiguous_format
+    return layout
 
 
 def as_given(x: Tensor | None, dtype: torch.dtype, layout: torch.memory_format) -> Tensor | None:
@@ -44,32 +40,25 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
-def check_index(op: str, name: str, index: Tensor, count: int) -> None:
-    """Raises where an index on the CPU is not in [0, count). On other devices, finding out would mean to wait."""
-    if index.device.type != "cpu":
-        return
-    outside = ((index < 0) | (index >= count)).flatten().nonzero().flatten().tolist()
-    if outside:
-        value = index.flatten()[outside[0]]
-        raise RuntimeError(f"{op}: {name}[{outside[0]}] is {value}, but rows has {count}, counted from 0")
-
-
-def eager_on_cpu(x: Tensor) -> bool:
-    """Whether code may look into x: no compiler traces it, and it is no subclass, on a CPU."""
-    return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cpu"
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def noise_fits(x: Tensor, noise: Tensor | None, keys: Tensor | None, leading: torch.Size) -> bool:
-    """Whether noise has the shape of x, or keys one key for each of the `leading` axes."""
-    if noise is not None and not (noise.shape == x.shape and noise.is_floating_point() and noise.device == x.device):
-        return False
-    return keys is None or (keys.shape == (*leading, 2) and keys.dtype == torch.int64 and keys.device == x.device)
-
-
 def table(rows: Tensor, x: Tensor) -> Tensor:
     """Rows in the dtype of the arithmetic on x."""
     return rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether the values of x can be read at once: x is a plain tensor on a CPU, and no compiler traces the code."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cpu"
+
+
+def overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether the memory that two tensors span, gaps included, has addresses in common."""
+    if x.device != y.device or not x.numel() or not y.numel():
+        return False
+    (x_begin, x_end), (y_begin, y_end) = map(_span, (x, y))
+    return x_begin < y_end and y_begin < x_end
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    begin = x.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return begin, begin + (last + 1) * x.element_size()

@@ -1,11 +1,44 @@
 """The forward process, x_t = a_t x_0 + s_t eps with a_t = sqrt(abar_t) and s_t = sqrt(1 - abar_t)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
+from .arguments import FLOATING, Rule, Rules, check_index, is_index, is_table, keys_fit, noise_fits
+from .noise import given_noise
 
 __all__ = ["q_sample"]
+
+
+class QSampleArguments(NamedTuple):
+    """The strict op's arguments, as csrc/common/arguments.h has them in struct QSample."""
+
+    x_start: Tensor
+    noise: Tensor | None
+    keys: Tensor | None
+    t: Tensor
+    rows: Tensor
+    dtype: torch.dtype
+
+
+_RULES = Rules(
+    "q_sample",
+    ("x_start", "noise", "keys", "t", "rows"),
+    Rule(
+        "x_start (N, ...) floating or uint8",
+        lambda x, *_: (x.dtype in FLOATING or x.dtype == torch.uint8) and x.dim() >= 1,
+    ),
+    Rule("t (N,) int64 on the device of x_start", lambda x, noise, keys, t, _: is_index(t, x)),
+    Rule("rows (T, 2) floating on the device of x_start", lambda x, noise, keys, t, rows: is_table(rows, 2, x)),
+    Rule("either noise or keys", lambda x, noise, keys, *_: (noise is None) != (keys is None)),
+    Rule("noise floating, in the shape and on the device of x_start", lambda x, noise, *_: noise_fits(x, noise)),
+    Rule(
+        "keys (N, 2) int64 on the device of x_start",
+        lambda x, noise, keys, *_: keys_fit(x, keys, x.shape[0]),
+    ),
+)
 
 
 def q_sample(
@@ -38,28 +71,7 @@ def q_sample(
         RuntimeError: a t on the CPU that is not in [0, T). On a GPU it is a device-side assertion, which fails
             after the call has returned; Triton's kernels give NaN instead.
     """
-    fits = (
-        (x_start.dtype in layout.FLOATING or x_start.dtype == torch.uint8)
-        and x_start.dim() >= 1
-        and t.shape == x_start.shape[:1]
-        and t.dtype == torch.int64
-        and rows.dim() == 2
-        and rows.shape[1] == 2
-        and x_start.device == t.device == rows.device
-        and layout.noise_fits(x_start, noise, keys, x_start.shape[:1])
-        and (noise is None) != (keys is None)
-    )
-    if not fits:
-        layout.refuse(
-            "q_sample",
-            "x_start (N, ...) floating or uint8, t (N,) int64, rows (T, 2) float32, and either noise of the shape of "
-            "x_start or keys (N, 2) int64, on one device",
-            x_start=x_start,
-            t=t,
-            rows=rows,
-            noise=noise,
-            keys=keys,
-        )
+    _RULES.check(x_start, noise, keys, t, rows)
     if dtype is None:
         dtype = torch.float32 if x_start.dtype == torch.uint8 else x_start.dtype
     data = x_start.dtype
@@ -69,13 +81,14 @@ def q_sample(
     x_start = layout.as_given(x_start, data, memory_format)
     noise = layout.as_given(noise, torch.float32 if data == torch.uint8 else data, memory_format)
     keys, t = layout.dense(keys, t)
-    function = _op.reference if dtype == torch.float64 else _op(x_start)
-    return function(x_start, noise, keys, t, layout.table(rows, x_start), dtype)
+    function = _op(x_start, differentiated=dtype == torch.float64)
+    return function(*QSampleArguments(x_start, noise, keys, t, layout.table(rows, x_start), dtype))
 
 
-def _kernel(x_start, noise, keys, t, rows, dtype):
-    layout.check_index("q_sample", "t", t, len(rows))
-    x_t = reference.q_sample(x_start, noise, keys, t, rows, dtype)
+def _reference(*arguments):
+    x_start, noise, keys, t, rows, dtype = arguments
+    check_index("q_sample", "t", t, rows.shape[0])
+    x_t = reference.q_sample(x_start, given_noise(noise, keys, x_start.shape), t, rows, dtype)
     return x_t.contiguous(memory_format=layout.memory_format(x_start))
 
 
@@ -103,8 +116,9 @@ def _backward(ctx, grad: Tensor):
 _op = dispatch.define(
     "q_sample",
     "(Tensor x_start, Tensor? noise, Tensor? keys, Tensor t, Tensor rows, ScalarType dtype) -> Tensor",
-    kernel=_kernel,
-    reference=reference.q_sample,
+    arguments=QSampleArguments,
+    kernel=_reference,
+    reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,18 +1,16 @@
-r"""The ops in plain PyTorch: the definition of right, for every device and dtype.
+"""The equations of the ops in plain PyTorch: the definition of the right result, for every device and dtype.
 
-`rows` are tables of coefficients, indexed by the timestep or the step of each sample, and so are `keys`, the tables of
-noise. Arithmetic and sums are in float32, or in float64 where the data is. Every function takes what the op of its name
-takes, in the same order; what the arguments are is said there.
+`rows` are tables of coefficients, indexed by the timestep or the step of each sample. Arithmetic and sums are in
+float32, or in float64 for float64 data. The noise is a tensor: `noise.py` makes it from keys before these functions are
+called. Every function can be differentiated, any number of times and in both modes, and mapped by `torch.vmap`.
 """
 
 __all__ = [
     "LOSS_TYPES",
-    "channels_last_format",
+    "by_sample",
     "fold_in",
     "group_norm_silu",
     "group_norm_silu_backward",
-    "memory_format",
-    "noise_of",
     "normal",
     "q_sample",
     "reverse_step",
@@ -22,7 +20,6 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,18 +68,6 @@ def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return r * phi.cos(), r * phi.sin()
 
 
-def noise_of(keys: Tensor, shape: Sequence[int]) -> Tensor:
-    """The noise of samples of a shape (N, ...), float32: images counted channels-last, all else as it lies."""
-    from .noise import normal  # by the backend of the device, so that float64 sees the bits that the kernels do
-
-    n, *rest = shape
-    eps = normal(keys, math.prod(rest))
-    if len(shape) < 4:
-        return eps.reshape(shape)
-    channels, *axes = rest
-    return eps.reshape(n, *axes, channels).movedim(-1, 1)  # (N, C, H, W) over (N, H, W, C)
-
-
 # What several ops share
 
 
@@ -92,10 +77,11 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 def _columns(rows: Tensor, index: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The columns of each sample's row, shaped to broadcast against x: (N, 1, ..., 1), or () for one index."""
-    picked = rows[index].to(dtype)  # (N, columns) or (columns,)
-    if index.ndim:
-        picked = picked.view(*picked.shape, *[1] * (x.ndim - 1))
-    return picked.unbind(1 if index.ndim else 0)
+    # index_select raises for a negative index, which indexing by brackets would count from the end
+    picked = rows.index_select(0, index.reshape(-1)).to(dtype)  # (N, columns) or (1, columns)
+    if not index.ndim:
+        return picked[0].unbind(0)
+    return picked.view(*picked.shape, *[1] * (x.ndim - 1)).unbind(1)
 
 
 def _data(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,13 +101,10 @@ def _add(total: Tensor | None, term: Tensor) -> Tensor:
 # The ops
 
 
-def q_sample(
-    x_start: Tensor, noise: Tensor | None, keys: Tensor | None, t: Tensor, rows: Tensor, dtype: torch.dtype
-) -> Tensor:
+def q_sample(x_start: Tensor, noise: Tensor, t: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """a x_start + s noise, with (a, s) = rows[t]."""
     acc = _accumulator(x_start)
     a, s = _columns(rows, t, x_start, acc)
-    if noise is None:
-        noise = noise_of(keys, x_start.shape)
     return (a * _data(x_start, acc) + s * noise.to(acc)).to(dtype)
 
 
@@ -129,47 +112,43 @@ def weighted_loss(
     pred: Tensor,
     x_start: Tensor | None,
     noise: Tensor | None,
-    keys: Tensor | None,
     t: Tensor,
     rows: Tensor,
     loss_type: str,
 ) -> Tensor:
     """The loss of each sample, (N,)."""
-    error, weight = _weighted_error(pred, x_start, noise, keys, t, rows)
+    error, weight = _weighted_error(pred, x_start, noise, t, rows)
     if loss_type == "l2":
         loss = error.square()
     elif loss_type == "l1":
         loss = error.abs()
     else:
         loss = F.huber_loss(error, torch.zeros_like(error), reduction="none")
-    return by_sample(loss).sum(1) * (weight.flatten() / max(pred[:1].numel(), 1))
+    return by_sample(loss).sum(1) * (weight.flatten() / max(math.prod(pred.shape[1:]), 1))
 
 
 def weighted_loss_gradient(
     pred: Tensor,
     x_start: Tensor | None,
     noise: Tensor | None,
-    keys: Tensor | None,
     t: Tensor,
     rows: Tensor,
     loss_type: str,
 ) -> Tensor:
     """The gradient by pred of the loss of each sample, in the arithmetic's dtype."""
-    error, weight = _weighted_error(pred, x_start, noise, keys, t, rows)
+    error, weight = _weighted_error(pred, x_start, noise, t, rows)
     slope = {"l2": 2 * error, "l1": error.sign(), "huber": error.clamp(-1, 1)}[loss_type]
-    return slope * (weight / max(pred[:1].numel(), 1))
+    return slope * (weight / max(math.prod(pred.shape[1:]), 1))
 
 
 def _weighted_error(
-    pred: Tensor, x_start: Tensor | None, noise: Tensor | None, keys: Tensor | None, t: Tensor, rows: Tensor
+    pred: Tensor, x_start: Tensor | None, noise: Tensor | None, t: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     acc = _accumulator(pred)
     p, q, weight = _columns(rows, t, pred, acc)
     target = None
     if x_start is not None:
         target = p * _data(x_start, acc)
-    if noise is None and keys is not None:
-        noise = noise_of(keys, pred.shape)
     if noise is not None:
         target = _add(target, q * noise.to(acc))
     return pred.to(acc) - target, weight
@@ -179,7 +158,6 @@ def reverse_step(
     x: Tensor,
     pred: Tensor,
     noise: Tensor | None,
-    keys: Tensor | None,
     x_start_prev: Tensor | None,
     variance: Tensor | None,
     bounds: Tensor | None,
@@ -194,16 +172,13 @@ def reverse_step(
     state = x.to(acc)
     x_start = u * state + w * pred.to(acc)
     if bounds is not None:
-        low, high = bounds.to(acc).view(len(x), 2, *[1] * (x.ndim - 1)).unbind(1)
+        low, high = bounds.to(acc).view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
         x_start = torch.minimum(torch.maximum(x_start, low), high)
     elif low > -math.inf or high < math.inf:
         x_start = x_start.clamp(low, high)
     x_next = A * state + B * x_start
     if x_start_prev is not None:
         x_next = x_next + C * x_start_prev.to(acc)
-    if noise is None and keys is not None:
-        of_step = keys[0] if len(keys) == 1 else keys[step.expand(len(x)), torch.arange(len(x), device=x.device)]
-        noise = noise_of(of_step, x.shape)
     if noise is not None:
         if variance is not None:
             fraction = (variance.to(acc) + 1) / 2
@@ -263,15 +238,15 @@ def group_norm_silu(
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd): y in x's dtype and memory format, the statistics (N, groups) in the arithmetic's."""
+    """(y, mean, rstd): y in x's dtype, the statistics (N, groups) in the arithmetic's; those of nothing are NaN."""
     acc = _accumulator(x)
-    grouped = x.to(acc).reshape(len(x), groups, x.shape[1:].numel() // groups)  # (N, G, C / G * H * W)
+    grouped = x.to(acc).reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)  # (N, G, C / G * H * W)
     var, mean = torch.var_mean(grouped, dim=2, correction=0)
     rstd = (var + eps).rsqrt()
     y = _affine(_normalised(x, mean, rstd, groups), weight, bias, scale, shift)
     if silu:
         y = F.silu(y)
-    return y.to(x.dtype).contiguous(memory_format=memory_format(x)), mean, rstd
+    return y.to(x.dtype), mean, rstd
 
 
 def group_norm_silu_backward(
@@ -308,13 +283,12 @@ def group_norm_silu_backward(
     else:
         sum_weight, sum_bias = sum_gx.sum(0), sum_g.sum(0)
 
-    count = x[0].numel() // groups
+    count = math.prod(x.shape[1:]) // groups
     by_group = (n, groups, c // groups)
     mean_g, mean_gx = ((factor * s).view(by_group).sum(2) / count for s in (sum_g, sum_gx))  # (N, G)
     spread = [m.repeat_interleave(c // groups, 1).view(n, *ones[1:]) for m in (mean_g, mean_gx, rstd)]
     grad_x = spread[2] * (g * factor.reshape(n, *ones[1:]) - spread[0] - x_hat * spread[1])
-    grad_x = grad_x.to(x.dtype).contiguous(memory_format=memory_format(x))
-    return grad_x, sum_weight.to(weight.dtype), sum_bias.to(bias.dtype), grad_scale, grad_shift
+    return grad_x.to(x.dtype), sum_weight.to(weight.dtype), sum_bias.to(bias.dtype), grad_scale, grad_shift
 
 
 def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:
@@ -331,14 +305,3 @@ def _affine(x_hat: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, s
     if scale is not None:
         y = y * (1 + scale.to(acc).view(shape)) + shift.to(acc).view(shape)
     return y
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format of an op's result: channels-last where x is."""
-    layout = channels_last_format(x.ndim)
-    return layout if layout is not None and x.is_contiguous(memory_format=layout) else torch.contiguous_format
-
-
-def channels_last_format(ndim: int) -> torch.memory_format | None:
-    """PyTorch's channels-last format for so many axes; None where it has none."""
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim)

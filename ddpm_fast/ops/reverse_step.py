@@ -7,6 +7,20 @@ import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
+from .arguments import (
+    FLOATING,
+    Rule,
+    Rules,
+    check_index,
+    describe,
+    is_index,
+    is_table,
+    keys_fit,
+    needs_grad,
+    noise_fits,
+)
+from .noise import given_noise
+from .transforms import transformed
 
 __all__ = ["ReverseStep", "reverse_step"]
 
@@ -17,6 +31,59 @@ class ReverseStep(NamedTuple):
     x: Tensor
     x_start: Tensor | None
     model_input: Tensor | None
+
+
+class ReverseStepArguments(NamedTuple):
+    """The strict op's arguments, as csrc/common/arguments.h has them in struct ReverseStep."""
+
+    x: Tensor
+    pred: Tensor
+    noise: Tensor | None
+    keys: Tensor | None
+    x_start_prev: Tensor | None
+    variance: Tensor | None
+    bounds: Tensor | None
+    step: Tensor
+    rows: Tensor
+    low: float
+    high: float
+    # what is written
+    x_next: Tensor
+    x_start: Tensor | None
+    model_input: Tensor | None
+
+
+def _step_fits(x, step) -> bool:
+    return is_index(step, x) or (step.dim() == 0 and step.dtype == torch.int64 and step.device == x.device)
+
+
+def _keys_fit(x, keys, rows) -> bool:
+    leading = (x.shape[0],) if keys is None or keys.dim() == 2 else (rows.shape[0], x.shape[0])
+    return keys_fit(x, keys, *leading)
+
+
+_RULES = Rules(
+    "reverse_step",
+    ("x", "pred", "noise", "keys", "x_start_prev", "variance", "clip", "step", "rows"),
+    Rule("x (N, ...) floating", lambda x, *_: x.dtype in FLOATING and x.dim() >= 1),
+    Rule(
+        "pred, noise, x_start_prev and variance floating, in the shape and on the device of x",
+        lambda x, pred, noise, keys, x_start_prev, variance, *_: (
+            noise_fits(x, pred) and noise_fits(x, noise) and noise_fits(x, x_start_prev) and noise_fits(x, variance)
+        ),
+    ),
+    Rule("step () or (N,) int64 on the device of x", lambda *a: _step_fits(a[0], a[7])),
+    Rule(
+        "rows (K, 6), or (K, 8) with a variance, floating on the device of x",
+        lambda *a: is_table(a[8], 6 if a[5] is None else 8, a[0]),
+    ),
+    Rule("at most one of noise and keys", lambda x, pred, noise, keys, *_: noise is None or keys is None),
+    Rule("keys (N, 2) or (K, N, 2) int64 on the device of x", lambda *a: _keys_fit(a[0], a[3], a[8])),
+    Rule(
+        "clip (low, high), or a tensor (N, 2) on the device of x",
+        lambda *a: a[6] is None or (a[6].shape == (a[0].shape[0], 2) and a[6].device == a[0].device),
+    ),
+)
 
 
 def reverse_step(
@@ -66,43 +133,20 @@ def reverse_step(
     """
     bounds = clip if isinstance(clip, Tensor) else None
     low, high = (-math.inf, math.inf) if clip is None or bounds is not None else clip
-    columns = 6 if variance is None else 8
-    alike = (pred, x_start_prev, variance)
-    fits = (
-        x.dtype in layout.FLOATING
-        and x.dim() >= 1
-        and all(y is None or (y.shape == x.shape and y.is_floating_point() and y.device == x.device) for y in alike)
-        and step.shape in (torch.Size(()), x.shape[:1])
-        and step.dtype == torch.int64
-        and rows.dim() == 2
-        and rows.shape[1] == columns
-        and x.device == step.device == rows.device
-        and layout.noise_fits(x, noise, keys, x.shape[:1] if keys is None or keys.dim() == 2 else (len(rows), len(x)))
-        and not (noise is not None and keys is not None)
-        and (bounds is None or (bounds.shape == (len(x), 2) and bounds.device == x.device))
-    )
-    if not fits:
-        layout.refuse(
-            "reverse_step",
-            f"x (N, ...) floating, pred (and x_start_prev, variance) of its shape, step () or (N,) int64, rows "
-            f"(K, {columns}) float32, at most one of noise of the shape of x and keys (N, 2) or (K, N, 2) int64, and "
-            "clip (low, high) or (N, 2), on one device",
-            x=x,
-            pred=pred,
-            step=step,
-            rows=rows,
-            noise=noise,
-            keys=keys,
-            x_start_prev=x_start_prev,
-            variance=variance,
-            clip=bounds,
-        )
+    _RULES.check(x, pred, noise, keys, x_start_prev, variance, bounds, step, rows)
     memory_format = layout.memory_format(x)
     # A state in half precision goes with predictions of its own dtype, one in float32 with any.
     pred_dtype = pred.dtype
     inner = x.dtype if x.dtype in (torch.bfloat16, torch.float16) or pred.dtype == torch.float64 else pred.dtype
+    wants_grad = needs_grad(x, pred, noise, x_start_prev, variance, *(out or ()))
+    if out is not None and (wants_grad or transformed()):
+        raise ValueError(
+            "reverse_step writes to `out` only where no gradient is wanted, and outside the transforms of torch.func: "
+            "detach its inputs, or give no `out`"
+        )
     if out is not None:
-        _check_out(out, x, inner, memory_format)
+        inputs = {"pred": pred, "noise": noise, "variance": variance, "clip": bounds, "keys": keys, "rows": rows}
+        _check_out(out, x, inner, memory_format, inputs | {"step": step, "x_start_prev": x_start_prev})
         return_x_start, return_model_input = out.x_start is not None, out.model_input is not None
     x = x.contiguous(memory_format=memory_format)
     pred, variance = (layout.as_given(y, inner, memory_format) for y in (pred, variance))
@@ -114,23 +158,11 @@ def reverse_step(
         bounds = bounds.to(rows.dtype)
     keys, step, bounds = layout.dense(keys, step, bounds)
 
-    function = _op(x)
     arguments = (x, pred, noise, keys, x_start_prev, variance, bounds, step, rows, float(low), float(high))
-    wants_grad = layout.needs_grad(x, pred, noise, x_start_prev, variance, *(out or ()))
-    if wants_grad and out is not None:
-        raise ValueError(
-            "reverse_step writes to `out` only where no gradient is wanted: detach its inputs, or give none"
-        )
-    if wants_grad or function is _op.reference:
-        x_next, x_start = reference.reverse_step(*arguments)
+    if out is None and _op.by_reference(x, wants_grad):
+        x_next, x_start = _results(*arguments)
         model_input = x_next.to(pred_dtype) if return_model_input else None
-        results = ReverseStep(x_next, x_start if return_x_start else None, model_input)
-        if out is None:
-            return results
-        for to, result in zip(out, results, strict=True):
-            if to is not None:
-                to.copy_(result)
-        return out
+        return ReverseStep(x_next, x_start if return_x_start else None, model_input)
 
     def new(dtype: torch.dtype) -> Tensor:
         return torch.empty_like(x, dtype=dtype, memory_format=memory_format)
@@ -139,7 +171,7 @@ def reverse_step(
     if results is None:
         model_input = new(inner) if return_model_input and inner != x.dtype else None
         results = ReverseStep(new(x.dtype), new(x.dtype) if return_x_start else None, model_input)
-    function(*arguments, *results)
+    _op(x)(*ReverseStepArguments(*arguments, *results))
     if out is not None and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([y for y in out if y is not None])
     if return_model_input and results.model_input is None:
@@ -147,7 +179,13 @@ def reverse_step(
     return results
 
 
-def _check_out(out: ReverseStep, x: Tensor, model_dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def _check_out(
+    out: ReverseStep,
+    x: Tensor,
+    model_dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    inputs: dict[str, Tensor | None],
+) -> None:
     for name, result, dtype in zip(out._fields, out, (x.dtype, x.dtype, model_dtype), strict=True):
         fits = (
             result is not None
@@ -157,15 +195,41 @@ def _check_out(out: ReverseStep, x: Tensor, model_dtype: torch.dtype, memory_for
             and result.is_contiguous(memory_format=memory_format)
         )
         if not fits and (result is not None or name == "x"):
-            needs = f"out.{name} in {str(dtype).removeprefix('torch.')}, in the shape and layout of x"
-            layout.refuse("reverse_step", needs, x=x, **{f"out.{name}": result})
+            raise ValueError(
+                f"reverse_step needs out.{name} in {str(dtype).removeprefix('torch.')}, in the shape and layout of x; "
+                f"got x {describe(x)}, out.{name} {describe(result)}"
+            )
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return  # memory has no address there
+    targets = {f"out.{name}": y for name, y in out._asdict().items() if y is not None}
+    others = {"x": x, **{name: y for name, y in inputs.items() if y is not None}, **targets}
+    for name, target in targets.items():
+        for other, y in others.items():
+            in_place = (name, other) in (("out.x", "x"), ("out.x_start", "x_start_prev"))
+            same = in_place and target.data_ptr() == y.data_ptr() and target.stride() == y.stride()
+            if other != name and not same and layout.overlap(target, y):
+                raise ValueError(
+                    f"reverse_step cannot write {name} to the memory of {other}: give {name} memory of its own. (out.x "
+                    "may be x itself, and out.x_start x_start_prev itself.)"
+                )
 
 
-def _kernel(*arguments):
+def _results(*arguments):
+    """(x_next, x_start), for autograd to differentiate."""
+    x, pred, noise, keys, x_start_prev, variance, bounds, step, rows, low, high = arguments
+    check_index("reverse_step", "step", step, rows.shape[0])
+    if keys is not None:
+        n = x.shape[0]
+        every_step = keys.shape[0] == 1
+        keys = keys[0] if every_step else keys[step.expand(n), torch.arange(n, device=x.device)]
+    noise = given_noise(noise, keys, x.shape)
+    results = reference.reverse_step(x, pred, noise, x_start_prev, variance, bounds, step, rows, low, high)
+    return tuple(y.contiguous(memory_format=layout.memory_format(x)) for y in results)
+
+
+def _reference(*arguments):
     *arguments, x_next, x_start_out, model_input = arguments
-    *_, step, rows, _, _ = arguments
-    layout.check_index("reverse_step", "step", step, len(rows))
-    result, x_start = reference.reverse_step(*arguments)
+    result, x_start = _results(*arguments)
     x_next.copy_(result)
     if x_start_out is not None:
         x_start_out.copy_(x_start)
@@ -182,7 +246,8 @@ _op = dispatch.define(
     "(Tensor x, Tensor pred, Tensor? noise, Tensor? keys, Tensor? x_start_prev, Tensor? variance, Tensor? bounds, "
     "Tensor step, Tensor rows, float low, float high, Tensor(a!) x_next, Tensor(b!)? x_start, "
     "Tensor(c!)? model_input) -> ()",
-    kernel=_kernel,
-    reference=reference.reverse_step,
+    arguments=ReverseStepArguments,
+    kernel=_reference,
+    reference=_reference,
     fake=_fake,
 )

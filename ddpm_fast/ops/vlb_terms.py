@@ -1,13 +1,56 @@
 """The terms of the variational bound, L_{T-1} ... L_0 (Ho et al. 2020, eq. 5)."""
 
 import math
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
+from .arguments import FLOATING, Rule, Rules, check_index, is_data, is_index, is_table, noise_fits
 
 __all__ = ["vlb_terms"]
+
+
+class VlbTermsArguments(NamedTuple):
+    """The strict op's arguments, as csrc/common/arguments.h has them in struct VlbTerms."""
+
+    x_start: Tensor
+    x_t: Tensor
+    pred: Tensor
+    variance: Tensor | None
+    t: Tensor
+    rows: Tensor
+    low: float
+    high: float
+
+
+_RULES = Rules(
+    "vlb_terms",
+    ("x_start", "x_t", "pred", "variance", "t", "rows"),
+    Rule("x_t (N, ...) floating", lambda x_start, x_t, *_: x_t.dtype in FLOATING and x_t.dim() >= 1),
+    Rule(
+        "x_start floating or uint8, in the shape and on the device of x_t",
+        lambda x_start, x_t, *_: is_data(x_start, x_t),
+    ),
+    Rule(
+        "pred floating, in the shape and on the device of x_t",
+        lambda x_start, x_t, pred, *_: noise_fits(x_t, pred),
+    ),
+    Rule(
+        "variance floating, in the shape and on the device of x_t",
+        lambda x_start, x_t, pred, variance, *_: noise_fits(x_t, variance),
+    ),
+    Rule(
+        "t (N,) int64 on the device of x_t",
+        lambda x_start, x_t, pred, variance, t, _: is_index(t, x_t),
+    ),
+    Rule(
+        "rows (T, 6), or (T, 8) with a variance, floating on the device of x_t",
+        lambda x_start, x_t, pred, variance, t, rows: is_table(rows, 6 if variance is None else 8, x_t),
+    ),
+)
 
 
 def vlb_terms(
@@ -44,31 +87,7 @@ def vlb_terms(
         ValueError: shapes, dtypes or devices that do not fit.
         RuntimeError: a t on the CPU that is not in [0, T).
     """
-    columns = 6 if variance is None else 8
-    alike = [y for y in (pred, variance) if y is not None]
-    fits = (
-        x_t.dtype in layout.FLOATING
-        and x_t.dim() >= 1
-        and x_start.shape == x_t.shape
-        and all(y.shape == x_t.shape and y.is_floating_point() and y.device == x_t.device for y in alike)
-        and t.shape == x_t.shape[:1]
-        and t.dtype == torch.int64
-        and rows.dim() == 2
-        and rows.shape[1] == columns
-        and x_start.device == x_t.device == t.device == rows.device
-    )
-    if not fits:
-        layout.refuse(
-            "vlb_terms",
-            f"x_t (N, ...) floating, x_start, pred (and variance) of its shape, t (N,) int64 and rows (T, {columns}) "
-            "float32, on one device",
-            x_start=x_start,
-            x_t=x_t,
-            pred=pred,
-            t=t,
-            rows=rows,
-            variance=variance,
-        )
+    _RULES.check(x_start, x_t, pred, variance, t, rows)
     memory_format = layout.memory_format(x_t)
     x_t = layout.as_given(x_t, torch.promote_types(x_t.dtype, torch.float32), memory_format)
     x_start = layout.as_given(x_start, torch.uint8 if x_start.dtype == torch.uint8 else x_t.dtype, memory_format)
@@ -76,17 +95,18 @@ def vlb_terms(
     pred, variance = (layout.as_given(y, inner, memory_format) for y in (pred, variance))
     low, high = (-math.inf, math.inf) if clip is None else clip
     (t,) = layout.dense(t)
-    arguments = (x_start, x_t, pred, variance, t, layout.table(rows, x_t), float(low), float(high))
-    return _op(x_t)(*arguments)
+    rows = layout.table(rows, x_t)
+    return _op(x_t)(*VlbTermsArguments(x_start, x_t, pred, variance, t, rows, float(low), float(high)))
 
 
-def _kernel(x_start, x_t, pred, variance, t, rows, low, high):
-    layout.check_index("vlb_terms", "t", t, len(rows))
-    return reference.vlb_terms(x_start, x_t, pred, variance, t, rows, low, high)
+def _reference(*arguments):
+    *_, t, rows, _, _ = arguments
+    check_index("vlb_terms", "t", t, rows.shape[0])
+    return reference.vlb_terms(*arguments)
 
 
 def _fake(x_start, x_t, pred, variance, t, rows, low, high):
-    return x_t.new_empty(len(x_t))
+    return x_t.new_empty(x_t.shape[0])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -95,23 +115,18 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    # Its only use is training by the bound, a few numbers an image beside the network's cost.
-    with torch.enable_grad():
-        inputs = [
-            x.detach().requires_grad_() if needed else x
-            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        ]
-        leaves = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-        grads = iter(torch.autograd.grad(reference.vlb_terms(*inputs, ctx.low, ctx.high), leaves, grad))
-    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+    # It is used for training by the bound alone, where it costs little beside the network.
+    function = partial(reference.vlb_terms, low=ctx.low, high=ctx.high)
+    return *dispatch.reference_gradient(function, ctx.saved_tensors, ctx.needs_input_grad[:6], grad), None, None
 
 
 _op = dispatch.define(
     "vlb_terms",
     "(Tensor x_start, Tensor x_t, Tensor pred, Tensor? variance, Tensor t, Tensor rows, float low, float high) "
     "-> Tensor",
-    kernel=_kernel,
-    reference=reference.vlb_terms,
+    arguments=VlbTermsArguments,
+    kernel=_reference,
+    reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,14 +1,64 @@
 """The weighted error of what the network predicted, and its gradient in the same pass."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
+from .arguments import FLOATING, Rule, Rules, check_index, is_data, is_index, is_table, keys_fit, needs_grad, noise_fits
+from .noise import given_noise
 from .reference import LOSS_TYPES
+from .transforms import by_reference_backward
 
 __all__ = ["weighted_loss"]
 
 REDUCTIONS = ("none", "mean")
+
+
+class WeightedLossArguments(NamedTuple):
+    """The strict op's arguments, as csrc/common/arguments.h has them in struct WeightedLoss."""
+
+    pred: Tensor
+    x_start: Tensor | None
+    noise: Tensor | None
+    keys: Tensor | None
+    t: Tensor
+    rows: Tensor
+    upstream: Tensor | None  # (N,) float32, multiplies the gradient of each sample before it is rounded; None is 1
+    loss_type: int  # an index of LOSS_TYPES
+    scale: float
+    with_grad: bool
+
+
+_RULES = Rules(
+    "weighted_loss",
+    ("pred", "x_start", "noise", "keys", "t", "rows"),
+    Rule("pred (N, ...) floating", lambda pred, *_: pred.dtype in FLOATING and pred.dim() >= 1),
+    Rule("t (N,) int64 on the device of pred", lambda pred, x_start, noise, keys, t, _: is_index(t, pred)),
+    Rule(
+        "rows (T, 3) floating on the device of pred",
+        lambda pred, x_start, noise, keys, t, rows: is_table(rows, 3, pred),
+    ),
+    Rule(
+        "at least one of x_start, noise and keys, and not both noise and keys",
+        lambda pred, x_start, noise, keys, *_: (
+            (noise is None or keys is None) and not (x_start is None and noise is None and keys is None)
+        ),
+    ),
+    Rule(
+        "x_start floating or uint8, in the shape and on the device of pred",
+        lambda pred, x_start, *_: is_data(x_start, pred),
+    ),
+    Rule(
+        "noise floating, in the shape and on the device of pred",
+        lambda pred, x_start, noise, *_: noise_fits(pred, noise),
+    ),
+    Rule(
+        "keys (N, 2) int64 on the device of pred",
+        lambda pred, x_start, noise, keys, *_: keys_fit(pred, keys, pred.shape[0]),
+    ),
+)
 
 
 def weighted_loss(
@@ -46,31 +96,7 @@ def weighted_loss(
         raise ValueError(f"unknown loss_type {loss_type!r}; there are {', '.join(LOSS_TYPES)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(REDUCTIONS)}")
-    fits = (
-        pred.dtype in layout.FLOATING
-        and pred.dim() >= 1
-        and t.shape == pred.shape[:1]
-        and t.dtype == torch.int64
-        and rows.dim() == 2
-        and rows.shape[1] == 3
-        and pred.device == t.device == rows.device
-        and (x_start is None or (x_start.shape == pred.shape and x_start.device == pred.device))
-        and layout.noise_fits(pred, noise, keys, pred.shape[:1])
-        and not (noise is not None and keys is not None)
-        and not (x_start is None and noise is None and keys is None)
-    )
-    if not fits:
-        layout.refuse(
-            "weighted_loss",
-            "pred (N, ...) floating, t (N,) int64, rows (T, 3) float32, and at least one of x_start and noise, of the "
-            "shape of pred, or keys (N, 2) int64 for noise, on one device",
-            pred=pred,
-            t=t,
-            rows=rows,
-            x_start=x_start,
-            noise=noise,
-            keys=keys,
-        )
+    _RULES.check(pred, x_start, noise, keys, t, rows)
     memory_format = layout.memory_format(pred)
     # x_start and noise share a dtype, that of pred or float32; bytes go with float32.
     given = {x.dtype for x in (x_start, noise) if x is not None}
@@ -82,48 +108,74 @@ def weighted_loss(
     keys, t = layout.dense(keys, t)
     rows = layout.table(rows, pred)
 
-    function = _op(pred)
-    if function is _op.reference or layout.needs_grad(x_start, noise):
-        loss = reference.weighted_loss(pred, x_start, noise, keys, t, rows, loss_type)
-        return loss if reduction == "none" else loss.sum() / max(len(pred), 1)
-    scale = 1.0 if reduction == "none" else 1 / max(len(pred), 1)
+    function = _op(pred, differentiated=needs_grad(x_start, noise))
+    scale = 1.0 if reduction == "none" else 1 / max(pred.shape[0], 1)
+    # A gradient in float16 waits for the backward pass: rounded before it is multiplied by a GradScaler's factor, most
+    # of it would be zero.
+    with_grad = pred.dtype != torch.float16 and needs_grad(pred)
     index = LOSS_TYPES.index(loss_type)
-    loss, _ = function(pred, x_start, noise, keys, t, rows, None, index, scale, layout.needs_grad(pred))
+    loss, _ = function(*WeightedLossArguments(pred, x_start, noise, keys, t, rows, None, index, scale, with_grad))
     return loss if reduction == "none" else loss.sum()
 
 
-def _kernel(pred, x_start, noise, keys, t, rows, upstream, loss_type, scale, with_grad):
-    layout.check_index("weighted_loss", "t", t, len(rows))
-    arguments = (pred, x_start, noise, keys, t, rows, LOSS_TYPES[loss_type])
-    loss = scale * reference.weighted_loss(*arguments)
+def _reference(pred, x_start, noise, keys, t, rows, upstream, loss_type, scale, with_grad):
+    """The loss, and no gradient: that is for autograd to find."""
+    check_index("weighted_loss", "t", t, rows.shape[0])
+    noise = given_noise(noise, keys, pred.shape)
+    return scale * reference.weighted_loss(pred, x_start, noise, t, rows, LOSS_TYPES[loss_type]), pred.new_empty(0)
+
+
+def _kernel(*arguments):
+    loss, no_grad = _reference(*arguments)
+    pred, x_start, noise, keys, t, rows, upstream, loss_type, scale, with_grad = arguments
     if not with_grad:
-        return loss, pred.new_empty(0)
+        return loss, no_grad
+    noise = given_noise(noise, keys, pred.shape)
     if upstream is not None:  # the factors first, since a small slope times a small scale could underflow
         scale = (scale * upstream).view(-1, *[1] * (pred.dim() - 1))
-    grad = scale * reference.weighted_loss_gradient(*arguments)
+    grad = scale * reference.weighted_loss_gradient(pred, x_start, noise, t, rows, LOSS_TYPES[loss_type])
     return loss, grad.to(pred.dtype).contiguous(memory_format=layout.memory_format(pred))
 
 
 def _fake(pred, x_start, noise, keys, t, rows, upstream, loss_type, scale, with_grad):
     grad = torch.empty_like(pred, memory_format=layout.memory_format(pred)) if with_grad else pred.new_empty(0)
-    return pred.new_empty(len(pred), dtype=torch.float32), grad
+    return pred.new_empty(pred.shape[0], dtype=torch.float32), grad
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    *tensors, _, ctx.loss_type, ctx.scale, ctx.with_grad = inputs
+    ctx.backend = dispatch.chosen()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx, grad_loss: Tensor | None, _):
-    (grad,) = ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 10
+    return _gradient(ctx, grad_loss), *[None] * 9
+
+
+def _gradient(ctx, grad_loss: Tensor) -> Tensor:
+    """The gradient by pred for a gradient of the losses, (N,)."""
+    *tensors, grad = ctx.saved_tensors
+    if by_reference_backward(grad_loss):
+        pred, *others = tensors
+
+        def loss(pred: Tensor) -> Tensor:
+            return _reference(pred, *others, None, ctx.loss_type, ctx.scale, False)[0]
+
+        return dispatch.reference_gradient(loss, [pred], [True], grad_loss)[0]
+    if not ctx.with_grad:
+        upstream = grad_loss.contiguous()
+        arguments = WeightedLossArguments(*tensors, upstream, ctx.loss_type, ctx.scale, True)
+        return _op.kernel_of(ctx.backend)(*arguments)[1]
     # loss.backward() hands over ones: finding out is free on the CPU, and spares a pass. (Compilers' tensors, of other
-    # types, cannot tell.)
+    # types, cannot tell.) In bfloat16 another factor rounds a second time; its exponents are float32's, so that the
+    # result is still within two roundings, 2^-7 of itself.
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool((grad_loss == 1).all()):
-        return grad, *[None] * 9
-    return (grad * grad_loss.view(-1, *[1] * (grad.dim() - 1))).to(grad.dtype), *[None] * 9
+        return grad
+    return (grad * grad_loss.view(-1, *[1] * (grad.dim() - 1))).to(grad.dtype)
 
 
 _op = dispatch.define(
@@ -131,8 +183,9 @@ _op = dispatch.define(
     # loss, grad: scale * the loss of each sample, and its gradient by pred times upstream (empty without with_grad)
     "(Tensor pred, Tensor? x_start, Tensor? noise, Tensor? keys, Tensor t, Tensor rows, Tensor? upstream, "
     "int loss_type, float scale, bool with_grad) -> (Tensor loss, Tensor grad)",
+    arguments=WeightedLossArguments,
     kernel=_kernel,
-    reference=reference.weighted_loss,
+    reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

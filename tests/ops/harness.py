@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.ops import backend, reference
+from ddpm_fast.ops import noise as keyed_noise
 from ddpm_fast.ops.reference import LOSS_TYPES
 
 EPS = 2.0**-24
@@ -116,7 +117,7 @@ def noise_of(noise: Tensor | None, keys: Tensor | None, shape: Shape) -> tuple[T
     if keys is None:
         return None, 0.0
     with backend("reference"):
-        return reference.noise_of(keys, shape).double(), NOISE
+        return keyed_noise.noise_of(keys, shape).double(), NOISE
 
 
 def pixels(x: Tensor) -> Tensor:
