@@ -20,7 +20,7 @@ import torch
 from ptxsim import Module, cuda_host, toolchain
 from torch import Tensor
 
-from ddpm_fast.ops.reference import memory_format
+from ddpm_fast.ops.layout import memory_format
 
 ROOT = Path(__file__).parents[2]
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # enum class Type
