@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_fast
 from ddpm_fast import GaussianDiffusion, UNet
-from ddpm_fast.app.estimate import Kept
+from ddpm_fast.app.estimate import SavedActivations
 
 Loss = Callable[..., Tensor]  # of images, and of timesteps and noise unless it draws them
 
@@ -88,7 +88,7 @@ def count(module: nn.Module, loss: Loss, images: Tensor) -> tuple[int, int]:
     """The FLOPs of an image, and the bytes that autograd saves for it from forward to backward."""
 
     def kept(n: int) -> int:
-        with Kept() as memory:
+        with SavedActivations() as memory:
             value = loss(images[:1].repeat(n, 1, 1, 1))
         return memory.bytes if value.requires_grad else 0
 

@@ -1,6 +1,6 @@
 """Input validation: every error says what was given and what is needed."""
 
-__all__ = ["choice", "finite", "floating", "images", "integer", "options", "pixels", "require", "timesteps", "whole"]
+__all__ = ["choice", "finite", "floating", "images", "integer", "options", "pixels", "require", "timesteps"]
 
 import inspect
 import math
@@ -36,9 +36,6 @@ def integer(name: str, value: Any, low: int, limit: int | None = None) -> int:
         bounds = f"of at least {low}" if limit is None else f"in [{low}, {limit})"
         raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
     return number
-
-
-whole = integer
 
 
 def _index(value: Any) -> int | None:

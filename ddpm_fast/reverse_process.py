@@ -106,8 +106,8 @@ class ReverseProcess(Denoiser):
         fewer = "ddim" if steps is None or eta is not None else "dpmpp_2m"
         steps = self.sampling_timesteps if steps is None else steps
         if sampler is None:
-            taken = len(samplers.strided_timesteps(self.num_timesteps, steps))
-            sampler = fewer if taken < self.num_timesteps else "ddpm"
+            visited = len(samplers.strided_timesteps(self.num_timesteps, steps))
+            sampler = fewer if visited < self.num_timesteps else "ddpm"
         function = samplers.SAMPLERS[checks.choice("sampler", sampler, samplers.SAMPLERS)]
         own = {"eta": self.ddim_sampling_eta if eta is None else eta, "variance": self.variance}
         wanted = inspect.signature(function).parameters

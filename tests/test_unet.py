@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import UNet
-from ddpm_fast.app.estimate import Kept
+from ddpm_fast.app.estimate import SavedActivations
 from ddpm_fast.nn import layers
 from ddpm_fast.nn.layers import Attention, Dropout, ResidualBlock
 
@@ -273,7 +273,7 @@ def test_at_most_six_tenths_of_what_diffusers_keeps_are_kept_for_the_backward_pa
 
     def kept(model, batch):
         x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), Kept() as memory:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), SavedActivations() as memory:
             result = model(x, torch.arange(batch))
         torch.clear_autocast_cache()
         assert result.requires_grad

@@ -106,9 +106,6 @@ class SavedActivations(TorchDispatchMode):
         return sum(size for storage, size in self._sizes.items() if not storage.expired())
 
 
-Kept = SavedActivations  # its former name
-
-
 def _peak(device: torch.device, images: int) -> str:
     """The most memory that this process has used, on the CPU including PyTorch itself."""
     if device.type != "cpu":

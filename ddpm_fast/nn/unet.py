@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import whole
+from ..checks import integer
 from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample, weight_dtype
 from .packed_weights import Conv2d, Linear
 
@@ -72,7 +72,7 @@ class UNet(nn.Module):
         sizes = {"image_size": image_size, "channels": channels, "dim": dim, "num_res_blocks": num_res_blocks}
         sizes |= {"num_heads": num_heads, "norm_groups": norm_groups}
         for name, value in [*sizes.items(), *(("dim_mults", mult) for mult in dim_mults)]:
-            whole(name, value, 1)
+            integer(name, value, 1)
         self.image_size = image_size
         self.channels = channels
         self.gradient_checkpointing = gradient_checkpointing
