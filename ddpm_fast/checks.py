@@ -111,27 +111,33 @@ def images(img: Tensor, shape: tuple[int, ...], *, unit_range: bool, bounds: tup
         raise ValueError(f"images must have the shape ({needed}), channels first; got {tuple(img.shape)}")
     if not img.shape[0]:
         raise ValueError("the batch is empty")
-    if img.dtype == torch.uint8:
-        if not unit_range:
-            raise ValueError("uint8 images need auto_normalize=True, which scales them; got auto_normalize=False")
-        return
-    if not img.is_floating_point():
+    bytes_ = img.dtype == torch.uint8
+    if bytes_ and not unit_range:
+        raise ValueError("uint8 images need auto_normalize=True, which scales them; got auto_normalize=False")
+    if not bytes_ and not img.is_floating_point():
         raise ValueError(f"images must be floating in [0, 1] or uint8 in [0, 255]; got {img.dtype}")
-    low, high = img.detach().aminmax()
-    if unit_range:
-        ok = (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK)  # false for NaN
-        require(ok, lambda: _range_message(low.item(), high.item()))
+    # Bounds that hold [-1, 1] hold all images in [0, 1].
+    unclipped = bounds is None or (unit_range and bounds[0] <= -1 and bounds[1] >= 1)
+    if bytes_ and unclipped:
         return
-    require(low.isfinite() & high.isfinite(), lambda: "the data holds NaN or inf")
-    if bounds is not None:
-        # A network trained on such data would never be seen to: its samples would be clipped.
-        ok = (low >= bounds[0] - RANGE_SLACK) & (high <= bounds[1] + RANGE_SLACK)
+    low, high = img.detach().aminmax()
+    if not bytes_:
+        if unit_range:
+            ok = (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK)  # false for NaN
+            require(ok, lambda: _range_message(low.item(), high.item()))
+        else:
+            require(low.isfinite() & high.isfinite(), lambda: "the data holds NaN or inf")
+    if not unclipped:
+        # Training would not show it, but samples would be clipped.
+        scale, offset = (2 / 255, -1) if bytes_ else (2, -1) if unit_range else (1, 0)
+        low, high = low * scale + offset, high * scale + offset
+        ok = (low >= bounds[0] - 2 * RANGE_SLACK) & (high <= bounds[1] + 2 * RANGE_SLACK)
         require(ok, lambda: _clip_message(low.item(), high.item(), bounds))
 
 
 def _clip_message(low: float, high: float, bounds: tuple[float, float]) -> str:
     return (
-        f"with auto_normalize=False, the data must lie within {bounds}, to which clip_denoised clips samples; it "
+        f"in the range of the network, the data must lie within {bounds}, to which clip_denoised clips samples; it "
         f"reaches from {low:.4g} to {high:.4g}. Pass clip_denoised=(low, high) that hold it, or clip_denoised=False"
     )
 

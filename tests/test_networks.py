@@ -193,5 +193,16 @@ def test_data_that_samples_cannot_reach_is_refused(clip, tiny_network):
     wide(torch.full((2, 2, 4, 4), 5.0))
 
 
+@pytest.mark.parametrize("images", [torch.rand(2, 2, 4, 4), torch.randint(256, (2, 2, 4, 4), dtype=torch.uint8)])
+def test_images_that_narrow_bounds_would_clip_are_refused(images, tiny_network):
+    diffusion = GaussianDiffusion(tiny_network, **HOW, clip_denoised=(-0.5, 0.5))
+    images.flatten()[0] = 0  # -1 to the network
+    with pytest.raises(
+        ValueError, match=r"within \(-0.5, 0.5\), to which clip_denoised clips samples; it reaches from -1"
+    ):
+        diffusion(images)
+    diffusion(torch.full((2, 2, 4, 4), 0.5))
+
+
 def test_the_second_argument_of_sample_is_return_all_timesteps(tiny_network):
     assert GaussianDiffusion(tiny_network, **HOW).sample(3, True).shape == (3, 11, 2, 4, 4)
