@@ -1,7 +1,7 @@
 // Plain argument structs of the kernels, without PyTorch types. The ops in ops.h fill them in, and so do the tests.
 //
-// The arguments of a strict op, and the results that its schema names, are fields of the same name here. The other
-// fields describe the tensors.
+// The arguments of a strict op, and the results that its schema names, are fields of the same name here, with the
+// exceptions that tests/ops/test_arguments.py lists. The other fields describe the tensors.
 //
 // Tensors are dense, and all tensors of a call have the same layout. A sample has `channels` x `plane` elements, stored
 // either channels-last (also where there are no image axes) or, if `planar`, one channel after another. Elements of the
