@@ -1,9 +1,12 @@
-// Plain argument structs of the kernels, without PyTorch types. The ops' C++ fronts fill them in, and so do the tests.
+// Plain argument structs of the kernels, without PyTorch types. The ops in ops.h fill them in, and so do the tests.
 //
-// Tensors are dense, and all tensors of a call have the same layout: a sample is `channels` x `plane` elements, stored
-// either channels-last (also where there are no image axes) or `planar`, one channel after another. Noise is counted
-// channels-last in both layouts. Absent tensors are null. Element types are float32, bfloat16 and float16; x_start may
-// also be uint8.
+// The arguments of a strict op, and the results that its schema names, are fields of the same name here, with the
+// exceptions that tests/ops/test_arguments.py lists. The other fields describe the tensors.
+//
+// Tensors are dense, and all tensors of a call have the same layout. A sample has `channels` x `plane` elements, stored
+// either channels-last (also where there are no image axes) or, if `planar`, one channel after another. Elements of the
+// noise are numbered in channels-last order in both layouts. A pointer to an absent tensor is null. Element types are
+// float32, bfloat16 and float16; x_start may also be uint8.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +37,8 @@ struct Normal {
 // out = a x_start + s noise, with (a, s) = rows[t]
 struct QSample {
   const void* x_start;  // x_type
-  const void* noise;    // x_type, float32 where x_type is uint8; or null:
-  const int64_t* keys;  // (samples, 2)
+  const void* noise;    // x_type, or float32 if x_type is uint8; null if there are keys
+  const int64_t* keys;  // (samples, 2); null if there is noise
   const int64_t* t;     // (samples,)
   const float* rows;    // (timesteps, 2)
   void* out;            // out_type
@@ -47,41 +50,44 @@ struct QSample {
 // loss[n] = scale weight / sample_size sum |pred - (p x_start + q noise)|, with (p, q, weight) = rows[t]
 struct WeightedLoss {
   const void* pred;       // pred_type
-  const void* x_start;    // data_type, or null, or uint8 if x_is_bytes
-  const void* noise;      // data_type, or null; with keys null too, q is not read
+  const void* x_start;    // data_type, or uint8 if x_is_bytes, or null
+  const void* noise;      // data_type, or null; if keys are null too, q is not read
   const int64_t* keys;    // (samples, 2), or null
   const int64_t* t;       // (samples,)
   const float* rows;      // (timesteps, 3)
-  const float* upstream;  // (samples,), multiplies the gradient, or null
+  const float* upstream;  // (samples,): factors of the gradient, or null
   float* loss;            // (samples,)
-  void* grad;             // pred_type: the gradient of loss by pred, or null
+  void* grad;             // pred_type: the gradient of loss with respect to pred, or null
   Shape shape;
   int64_t timesteps;
   float scale;
   LossType loss_type;
   Type pred_type, data_type;  // data_type is pred_type or float32; float32 if x_is_bytes
   bool x_is_bytes;
-  float* workspace;  // of the size that the backend asks for
+  float* workspace;  // as many floats as the backend's workspace_size says
 };
 
-// x_start_out = clip(u x + w pred); x_next = A x + B x_start_out + C x_start_prev + sigma noise,
-// with (u, w, A, B, C, sigma[, log lower, log upper]) = rows[step]. x_next may be x, and x_start_out x_start_prev.
+// x_start = clip(u x + w pred); x_next = A x + B x_start + C x_start_prev + sigma noise,
+// with (u, w, A, B, C, sigma[, log lower, log upper]) = rows[step].
+// With `variance`, the factor of the noise is exp(0.5 (log lower + (variance + 1) / 2 (log upper - log lower))) where
+// sigma > 0, and 0 elsewhere.
+// x_next may be the same memory as x, and x_start the same as x_start_prev.
 struct ReverseStep {
   const void* x;             // x_type
   const void* pred;          // pred_type
-  const void* noise;         // x_type, or null; with keys null too, there is no noise term
+  const void* noise;         // x_type, or null; if keys are null too, there is no noise term
   const int64_t* keys;       // (key_steps, samples, 2), or null
   const void* x_start_prev;  // x_type, or null
-  const void* variance;      // pred_type, or null: sigma^2 is sqrt-interpolated in the log; sigma > 0 says whether
-  const float* bounds;       // (samples, 2), or null: low and high hold
-  const int64_t* step;       // (samples,), or one for all
+  const void* variance;      // pred_type, or null
+  const float* bounds;       // (samples, 2): replaces low and high; or null
+  const int64_t* step;       // (samples,), or one number if step_is_shared
   const float* rows;         // (steps, columns)
   void* x_next;              // x_type
-  void* x_start_out;         // x_type, or null
-  void* model_input;         // pred_type: x_next again, or null
+  void* x_start;             // x_type, or null
+  void* model_input;         // pred_type: a copy of x_next, or null
   Shape shape;
-  int64_t steps, columns, key_steps;  // columns is 6 or 8; key_steps is steps, or 1: the same keys for every step
-  float low, high;                    // infinite for none
+  int64_t steps, columns, key_steps;  // columns is 8 with variance, else 6; key_steps is steps, or 1 if all share keys
+  float low, high;                    // infinite where there is no bound
   bool step_is_shared;
   Type x_type, pred_type;  // x_type is float32 or pred_type
 };
@@ -100,16 +106,17 @@ struct VlbTerms {
   float low, high;
   Type pred_type;
   bool x_is_bytes;
-  float* workspace;  // of the size that the backend asks for
+  float* workspace;  // as many floats as the backend's workspace_size says
 };
 
-// y = silu(((x - mean) rstd weight + bias) (1 + scale) + shift); scale and shift may be null
+// y = silu(((x - mean) rstd weight + bias) (1 + scale) + shift). Without `silu`, y is the argument of that function.
+// scale and shift are both given, or both null.
 struct GroupNormSilu {
   const void* x;       // x_type
   const void* weight;  // (channels,) parameter_type
   const void* bias;    // (channels,) parameter_type
   const void* scale;   // (samples, channels) x_type, or null
-  const void* shift;   // with scale
+  const void* shift;   // like scale
   void* y;             // x_type
   float* mean;         // (samples, groups)
   float* rstd;         // (samples, groups)
@@ -118,9 +125,10 @@ struct GroupNormSilu {
   float eps;
   bool silu;
   Type x_type, parameter_type;  // parameter_type is x_type or float32
-  float* workspace;             // of the size that the backend asks for
+  float* workspace;             // as many floats as the backend's workspace_size says
 };
 
+// The gradients of the inputs of GroupNormSilu, given the gradient of y.
 struct GroupNormSiluBackward {
   const void* grad;    // x_type
   const void* x;       // x_type
@@ -139,7 +147,7 @@ struct GroupNormSiluBackward {
   int64_t groups;
   bool silu;
   Type x_type, parameter_type;
-  float* workspace;  // of the size that the backend asks for
+  float* workspace;  // as many floats as the backend's workspace_size says
 };
 
 }  // namespace ddpm_fast

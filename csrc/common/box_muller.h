@@ -1,7 +1,7 @@
 // Two standard normals from two random words: sqrt(-2 ln u) times the cosine and the sine of 2 pi v.
 //
-// u and v are word * 2^-32 + 2^-33, rounded in float32 where the reference rounds: near u = 1 another rounding moves
-// the result by 3e-4. Beyond that the functions here differ from exact ones by about one unit in the last place.
+// u and v are word * 2^-32 + 2^-33, rounded to float32 exactly as in the reference: near u = 1, a different rounding
+// would change the result by 3e-4. The functions of u and v are accurate to about one unit in the last place.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,8 @@ struct Pair {
   float first, second;
 };
 
-// Fused where the instruction set has it at no cost; the compilers are told not to fuse on their own.
+// a * b + c, with a single rounding where the instruction set has a fused multiply-add. Compilers do not fuse other
+// expressions: setup.py turns that off.
 DDPM_FAST_HOST_DEVICE float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__aarch64__)
   return fmaf(a, b, c);
@@ -49,7 +50,8 @@ DDPM_FAST_HOST_DEVICE float uniform(uint32_t word) {
   return fused(static_cast<float>(word), 0x1p-32f, 0x1p-33f);  // the product is exact
 }
 
-// -2 ln u for normal u > 0, with the relative precision that u near 1 needs (minimax, 6e-9).
+// -2 ln u for normal u > 0, by a minimax polynomial with a relative error of 6e-9, also near u = 1, where ln u is near
+// 0.
 DDPM_FAST_HOST_DEVICE float minus_two_ln(float u) {
   const int32_t shifted = bits_of(u) - 0x3F3504F3;  // of sqrt(1/2): u = m 2^e with m in [sqrt(1/2), sqrt(2))
   const float e = static_cast<float>(shifted >> 23);
@@ -66,10 +68,10 @@ DDPM_FAST_HOST_DEVICE float minus_two_ln(float u) {
   return fused(e, -1.38629436111989f, f * fused(p, f, -2.0f));
 }
 
-// A radius times the cosine and the sine of 2 pi v, for v in [0, 1]: of half a turn (minimax, 5e-8), whose sign the
-// radius takes.
+// A radius times the cosine and the sine of 2 pi v, for v in [0, 1]. The angle is reduced by the nearest multiple of
+// pi; an odd multiple changes the sign of the radius. Minimax polynomials, with an error of 5e-8.
 DDPM_FAST_HOST_DEVICE Pair turned(float radius, float v) {
-  const float rounded = fused(v, 2.0f, 12582912.0f);       // 1.5 2^23: the half turns stand in the lowest bit
+  const float rounded = fused(v, 2.0f, 12582912.0f);  // adding 1.5 * 2^23 leaves the multiple of pi in the lowest bits
   const float r = fused(rounded - 12582912.0f, -0.5f, v);  // exact
   const float signed_radius = float_of(bits_of(radius) ^ bits_of(rounded) << 31);
   const float r2 = r * r;

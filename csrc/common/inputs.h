@@ -1,7 +1,8 @@
-// What the ops' fronts ask of the tensors they are given, before they hand out their addresses.
+// Input validation of the strict ops, before the kernels receive pointers to the tensors' memory.
 //
-// People come through ddpm_fast.ops, which speaks to them in their terms and brings any tensor into the form asked for
-// here. These checks are for those who call torch.ops directly: no call may touch memory that is not its own.
+// The public functions of ddpm_fast.ops validate their arguments with messages of their own, and convert tensors to the
+// form that is required here. The checks here protect direct calls of torch.ops: no call may access memory outside its
+// tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -55,7 +56,7 @@ inline bool is_any_of(ScalarType type, Types types) {
   return std::find(types.begin(), types.end(), type) != types.end();
 }
 
-// Whether the strides are those of dense memory in this order; that of a dimension of size 1 means nothing.
+// Whether the tensor is dense in this memory format. The strides of dimensions of size 1 are ignored.
 inline bool is_dense(const Tensor& x, MemoryFormat format) {
   const int64_t dims = x.dim();
   const bool channels_last = format != MemoryFormat::Contiguous;
@@ -73,7 +74,7 @@ inline bool is_dense(const Tensor& x, MemoryFormat format) {
   return true;
 }
 
-// The tensors of one call: the first says what shape, layout and device the others have.
+// The tensors of one call. The first one determines the shape, layout and device that the others must have.
 class Inputs {
  public:
   Inputs(const char* op, const char* name, const Tensor& first, int64_t least_dims = 1)
@@ -88,7 +89,8 @@ class Inputs {
 
   int64_t samples() const { return first_.size(0); }
 
-  // Noise of data with fewer than two image axes is counted as it lies: to it, all of a sample is one channel.
+  // The shape by which elements are numbered for the noise. Without two image axes, they are numbered in the order of
+  // memory: a sample then counts as one channel.
   Shape shape() const {
     if (first_.dim() < 4) return {samples(), 1, product_from(1), false};
     return of_channels();
@@ -99,6 +101,7 @@ class Inputs {
     return {samples(), channels, plane, planar};
   }
 
+  // A tensor of the shape, layout and device of the first, in one of these dtypes.
   void check_data(const char* name, const Tensor& x, Types types) const {
     bool fits = x.dim() == first_.dim() && is_any_of(x.scalar_type(), types) && x.device() == device_;
     for (int64_t d = 0; fits && d < x.dim(); ++d) fits = x.size(d) == first_.size(d);
@@ -109,7 +112,7 @@ class Inputs {
     if (x) check_data(name, *x, types);
   }
 
-  // -1 stands for any size.
+  // A contiguous tensor of these sizes, of which -1 allows any.
   void check_array(const char* name, const Tensor& x, ScalarType type, Sizes sizes) const {
     bool fits = x.dim() == static_cast<int64_t>(sizes.size()) && x.scalar_type() == type && x.device() == device_;
     for (int64_t d = 0; fits && d < x.dim(); ++d) {
@@ -124,7 +127,7 @@ class Inputs {
   }
 
   void check_index(const char* name, const Tensor& index, int64_t count) const {
-    if (index.is_cuda()) return;  // the kernels find out: to ask here would be to wait
+    if (index.is_cuda()) return;  // the kernels check it: reading it here would wait for the GPU
     const int64_t* values = index.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < index.numel(); ++i) {
       STD_TORCH_CHECK(0 <= values[i] && values[i] < count, op_, ": ", name, "[", i, "] is ", values[i],
@@ -132,7 +135,7 @@ class Inputs {
     }
   }
 
-  // New tensors: like the first, or of other sizes.
+  // New tensors on the device of the first: in its shape and layout, or contiguous in the given sizes.
   Tensor like_first(ScalarType type) const {
     return torch::stable::empty(first_.sizes(), type, std::nullopt, device_, std::nullopt, format_);
   }

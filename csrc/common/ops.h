@@ -1,6 +1,12 @@
-// The ops, from tensors to kernels, for any backend: a type with functions `run(const QSample&)` and so on, with
-// `workspace_size`, the floats of memory that those structs with a `workspace` need, and a `Guard` that is made from a
-// tensor and lives as long as the call (CUDA's makes the tensor's device the current one).
+// The strict ops on PyTorch tensors, for any backend. Each one checks its inputs, allocates its results, fills in the
+// argument struct of its kernel and runs it.
+//
+// A backend is a type that has
+// - `run(const QSample&)`, and likewise for every other struct of arguments.h;
+// - `workspace_size(const WeightedLoss&)`, and likewise for every struct with a `workspace`: the number of floats that
+//   the kernel needs there;
+// - `Guard`, which is constructed from a tensor and destroyed when the call ends. CUDA's makes the tensor's device the
+//   current one.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,8 +29,13 @@ inline const float* floats_of(const MaybeTensor& x) { return x ? floats_of(*x) :
 inline void* target_of(const Tensor& x) { return x.mutable_data_ptr(); }
 inline void* target_of(const MaybeTensor& x) { return x ? x->mutable_data_ptr() : nullptr; }
 inline float* result_of(Tensor& x) { return x.mutable_data_ptr<float>(); }
-// Results that nobody asked for are empty tensors, and null to the kernel.
+// A result that was not requested is an empty tensor, for which the kernel receives a null pointer.
 inline void* data_if(bool wanted, Tensor& x) { return wanted ? x.mutable_data_ptr() : nullptr; }
+
+// Argument structs are filled in by the names of their fields. A field that is left out is an error, for it would be
+// null or 0.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic error "-Wmissing-field-initializers"
 
 template <class Backend>
 struct Ops {
@@ -37,7 +48,12 @@ struct Ops {
     const Guard guard(keys);
     Tensor out = inputs.array(ScalarType::Long, {data.size(0), 2});
     if (out.numel() == 0) return out;
-    Backend::run(FoldIn{integers_of(keys), integers_of(data), out.mutable_data_ptr<int64_t>(), data.size(0)});
+    Backend::run(FoldIn{
+        .keys = integers_of(keys),
+        .data = integers_of(data),
+        .out = out.mutable_data_ptr<int64_t>(),
+        .count = data.size(0),
+    });
     return out;
   }
 
@@ -48,7 +64,12 @@ struct Ops {
     const Guard guard(keys);
     Tensor out = inputs.array(ScalarType::Float, {keys.size(0), size});
     if (out.numel() == 0) return out;
-    Backend::run(Normal{integers_of(keys), result_of(out), keys.size(0), size});
+    Backend::run(Normal{
+        .keys = integers_of(keys),
+        .out = result_of(out),
+        .count = keys.size(0),
+        .size = size,
+    });
     return out;
   }
 
@@ -67,8 +88,18 @@ struct Ops {
     const Guard guard(x_start);
     Tensor out = inputs.like_first(dtype);
     if (out.numel() == 0) return out;
-    Backend::run(QSample{data_of(x_start), data_of(noise), integers_of(keys), integers_of(t), floats_of(rows),
-        out.mutable_data_ptr(), inputs.shape(), rows.size(0), type_of(x_start.scalar_type()), type_of(dtype)});
+    Backend::run(QSample{
+        .x_start = data_of(x_start),
+        .noise = data_of(noise),
+        .keys = integers_of(keys),
+        .t = integers_of(t),
+        .rows = floats_of(rows),
+        .out = out.mutable_data_ptr(),
+        .shape = inputs.shape(),
+        .timesteps = rows.size(0),
+        .x_type = type_of(x_start.scalar_type()),
+        .out_type = type_of(dtype),
+    });
     return out;
   }
 
@@ -104,10 +135,25 @@ struct Ops {
     Tensor grad = with_grad ? inputs.like_first(type) : inputs.array(type, {0});
     if (pred.numel() == 0) return {torch::stable::zero_(loss), grad};
     run_with_workspace(inputs,
-        WeightedLoss{data_of(pred), data_of(x_start), data_of(noise), integers_of(keys), integers_of(t),
-            floats_of(rows), floats_of(upstream), result_of(loss), data_if(with_grad, grad), inputs.shape(),
-            rows.size(0), static_cast<float>(scale), static_cast<LossType>(loss_type), type_of(type), type_of(data),
-            bytes});
+        WeightedLoss{
+            .pred = data_of(pred),
+            .x_start = data_of(x_start),
+            .noise = data_of(noise),
+            .keys = integers_of(keys),
+            .t = integers_of(t),
+            .rows = floats_of(rows),
+            .upstream = floats_of(upstream),
+            .loss = result_of(loss),
+            .grad = data_if(with_grad, grad),
+            .shape = inputs.shape(),
+            .timesteps = rows.size(0),
+            .scale = static_cast<float>(scale),
+            .loss_type = static_cast<LossType>(loss_type),
+            .pred_type = type_of(type),
+            .data_type = type_of(data),
+            .x_is_bytes = bytes,
+            .workspace = nullptr,
+        });
     return {loss, grad};
   }
 
@@ -141,10 +187,29 @@ struct Ops {
     inputs.check_data("model_input", model_input, {pred_type});
     if (x.numel() == 0) return;
     const Guard guard(x);
-    Backend::run(ReverseStep{data_of(x), data_of(pred), data_of(noise), integers_of(keys), data_of(x_start_prev),
-        data_of(variance), floats_of(bounds), integers_of(step), floats_of(rows), target_of(x_next), target_of(x_start),
-        target_of(model_input), inputs.shape(), rows.size(0), rows.size(1), key_steps, static_cast<float>(low),
-        static_cast<float>(high), shared, type_of(type), type_of(pred_type)});
+    Backend::run(ReverseStep{
+        .x = data_of(x),
+        .pred = data_of(pred),
+        .noise = data_of(noise),
+        .keys = integers_of(keys),
+        .x_start_prev = data_of(x_start_prev),
+        .variance = data_of(variance),
+        .bounds = floats_of(bounds),
+        .step = integers_of(step),
+        .rows = floats_of(rows),
+        .x_next = target_of(x_next),
+        .x_start = target_of(x_start),
+        .model_input = target_of(model_input),
+        .shape = inputs.shape(),
+        .steps = rows.size(0),
+        .columns = rows.size(1),
+        .key_steps = key_steps,
+        .low = static_cast<float>(low),
+        .high = static_cast<float>(high),
+        .step_is_shared = shared,
+        .x_type = type_of(type),
+        .pred_type = type_of(pred_type),
+    });
   }
 
   static Tensor vlb_terms(const Tensor& x_start, const Tensor& x_t, const Tensor& pred, const MaybeTensor& variance,
@@ -161,9 +226,23 @@ struct Ops {
     Tensor out = inputs.array(ScalarType::Float, {inputs.samples()});
     if (x_t.numel() == 0) return torch::stable::zero_(out);
     run_with_workspace(inputs,
-        VlbTerms{data_of(x_start), floats_of(x_t), data_of(pred), data_of(variance), integers_of(t), floats_of(rows),
-            result_of(out), inputs.shape(), rows.size(0), rows.size(1), static_cast<float>(low),
-            static_cast<float>(high), type_of(pred.scalar_type()), x_start.scalar_type() == ScalarType::Byte});
+        VlbTerms{
+            .x_start = data_of(x_start),
+            .x_t = floats_of(x_t),
+            .pred = data_of(pred),
+            .variance = data_of(variance),
+            .t = integers_of(t),
+            .rows = floats_of(rows),
+            .out = result_of(out),
+            .shape = inputs.shape(),
+            .timesteps = rows.size(0),
+            .columns = rows.size(1),
+            .low = static_cast<float>(low),
+            .high = static_cast<float>(high),
+            .pred_type = type_of(pred.scalar_type()),
+            .x_is_bytes = x_start.scalar_type() == ScalarType::Byte,
+            .workspace = nullptr,
+        });
     return out;
   }
 
@@ -178,14 +257,28 @@ struct Ops {
     Tensor y = inputs.like_first(type);
     Tensor mean = inputs.array(ScalarType::Float, {shape.samples, groups});
     Tensor rstd = inputs.array(ScalarType::Float, {shape.samples, groups});
-    if (x.numel() == 0) {  // the mean of nothing, as in the reference
+    if (x.numel() == 0) {  // the mean of no elements is NaN, as in the reference
       const double nan = std::numeric_limits<double>::quiet_NaN();
       return {y, torch::stable::fill_(mean, nan), torch::stable::fill_(rstd, nan)};
     }
     run_with_workspace(inputs,
-        GroupNormSilu{data_of(x), data_of(weight), data_of(bias), data_of(scale), data_of(shift), y.mutable_data_ptr(),
-            result_of(mean), result_of(rstd), shape, groups, static_cast<float>(eps), silu, type_of(type),
-            type_of(weight.scalar_type())});
+        GroupNormSilu{
+            .x = data_of(x),
+            .weight = data_of(weight),
+            .bias = data_of(bias),
+            .scale = data_of(scale),
+            .shift = data_of(shift),
+            .y = y.mutable_data_ptr(),
+            .mean = result_of(mean),
+            .rstd = result_of(rstd),
+            .shape = shape,
+            .groups = groups,
+            .eps = static_cast<float>(eps),
+            .silu = silu,
+            .x_type = type_of(type),
+            .parameter_type = type_of(weight.scalar_type()),
+            .workspace = nullptr,
+        });
     return {y, mean, rstd};
   }
 
@@ -210,10 +303,27 @@ struct Ops {
     Tensor grad_scale = of_sample(), grad_shift = of_sample();
     if (shape.channels > 0) {
       run_with_workspace(inputs,
-          GroupNormSiluBackward{data_of(grad), data_of(x), floats_of(mean), floats_of(rstd), data_of(weight),
-              data_of(bias), data_of(scale), data_of(shift), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
-              grad_bias.mutable_data_ptr(), data_if(scale.has_value(), grad_scale),
-              data_if(scale.has_value(), grad_shift), shape, groups, silu, type_of(type), type_of(parameter_type)});
+          GroupNormSiluBackward{
+              .grad = data_of(grad),
+              .x = data_of(x),
+              .mean = floats_of(mean),
+              .rstd = floats_of(rstd),
+              .weight = data_of(weight),
+              .bias = data_of(bias),
+              .scale = data_of(scale),
+              .shift = data_of(shift),
+              .grad_x = grad_x.mutable_data_ptr(),
+              .grad_weight = grad_weight.mutable_data_ptr(),
+              .grad_bias = grad_bias.mutable_data_ptr(),
+              .grad_scale = data_if(scale.has_value(), grad_scale),
+              .grad_shift = data_if(scale.has_value(), grad_shift),
+              .shape = shape,
+              .groups = groups,
+              .silu = silu,
+              .x_type = type_of(type),
+              .parameter_type = type_of(parameter_type),
+              .workspace = nullptr,
+          });
     }
     return {grad_x, grad_weight, grad_bias, grad_scale, grad_shift};
   }
@@ -230,8 +340,8 @@ struct Ops {
   }
 
  private:
-  // On a GPU, the memory is freed before the kernels have run: PyTorch then gives it to nobody but what comes later on
-  // the same stream.
+  // Allocates the workspace, sets `arguments.workspace` and runs the kernel. On a GPU the workspace is freed before the
+  // kernel has run, which is safe: PyTorch's allocator reuses the memory only for later work on the same stream.
   template <class Arguments>
   static void run_with_workspace(const Inputs& inputs, Arguments arguments) {
     const int64_t size = Backend::workspace_size(arguments);
@@ -257,5 +367,7 @@ struct Ops {
     inputs.check_array("shift", shift, x.scalar_type(), {x.size(0), channels});
   }
 };
+
+#pragma GCC diagnostic pop
 
 }  // namespace ddpm_fast

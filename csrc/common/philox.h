@@ -11,8 +11,8 @@ struct Words {
   uint32_t w0, w1, w2, w3;
 };
 
-// The product of two words in two halves. (nvcc makes a 64-bit product of the plain expression, and ptxas then adds the
-// zeros of its upper words.)
+// The lower and upper half of the product of two words. In device code, the plain 64-bit product would compile to
+// needless additions of zero upper words.
 DDPM_FAST_HOST_DEVICE void multiply(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
 #ifdef __CUDA_ARCH__
   low = a * b, high = __umulhi(a, b);
@@ -22,7 +22,7 @@ DDPM_FAST_HOST_DEVICE void multiply(uint32_t a, uint32_t b, uint32_t& low, uint3
 #endif
 }
 
-// The counter's upper 64 bits are 0.
+// Only the lower 64 bits of the counter can be set; the upper ones are 0.
 DDPM_FAST_HOST_DEVICE Words philox(uint64_t seed, uint64_t counter) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;

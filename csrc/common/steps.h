@@ -1,4 +1,4 @@
-// The arithmetic of one element, shared by the C++ compiler and nvcc. Arguments and results are float32.
+// Formulas for one element, in float32, for both the CPU's and the CUDA kernels.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace ddpm_fast {
 
-// Images in bytes, from [0, 255] to [-1, 1].
+// Maps a byte of an image from [0, 255] to [-1, 1].
 DDPM_FAST_HOST_DEVICE float from_byte(uint8_t value) { return static_cast<float>(value) * (2.0f / 255.0f) - 1.0f; }
 
 // Returns NaN for NaN, like torch.clamp.
@@ -21,7 +21,7 @@ DDPM_FAST_HOST_DEVICE float clip(float x, float low, float high) {
 DDPM_FAST_HOST_DEVICE float q_sample(float a, float s, float x_start, float noise) { return a * x_start + s * noise; }
 
 struct Loss {
-  float value, slope;  // slope by the error
+  float value, slope;  // slope is the derivative of value with respect to the error
 };
 
 template <LossType type>
@@ -29,7 +29,7 @@ DDPM_FAST_HOST_DEVICE Loss loss_of(float error) {
   if constexpr (type == LossType::l2) return {error * error, 2.0f * error};
   const float size = fabsf(error), sign = error > 0.0f ? 1.0f : error < 0.0f ? -1.0f : 0.0f;
   if constexpr (type == LossType::l1) return {size, sign};
-  // NaN takes the last branch, so that its slope is NaN (that of l1 is 0, as sign(NaN) is in PyTorch).
+  // A NaN error takes the last branch, so its slope is NaN. (With l1 it is 0, like sign(NaN) in PyTorch.)
   return size > 1.0f ? Loss{size - 0.5f, sign} : Loss{0.5f * error * error, error};
 }
 

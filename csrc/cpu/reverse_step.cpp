@@ -42,7 +42,7 @@ void add_learned(float lower, float upper, const float* __restrict__ variance, c
 
 void run(const ReverseStep& r) {
   prefer_huge_pages(r.x_next, size_of(r.shape, r.x_type));
-  prefer_huge_pages(r.x_start_out, size_of(r.shape, r.x_type));
+  prefer_huge_pages(r.x_start, size_of(r.shape, r.x_type));
   prefer_huge_pages(r.model_input, size_of(r.shape, r.pred_type));
   const auto step_of = [&](int64_t n) { return r.step[r.step_is_shared ? 0 : n]; };
   const auto key_of = [&](int64_t n) -> const int64_t* {
@@ -58,12 +58,12 @@ void run(const ReverseStep& r) {
     const float low = r.bounds ? r.bounds[2 * n] : r.low, high = r.bounds ? r.bounds[2 * n + 1] : r.high;
     const float* x = load(r.x, r.x_type, index, size, x_buffer);
     const float* pred = load(r.pred, r.pred_type, index, size, pred_buffer);
-    const bool in_place = r.x_start_out && r.x_start_out != r.x_start_prev;
-    float* x_start = in_place ? place(r.x_start_out, r.x_type, index, x_start_buffer) : x_start_buffer;
+    const bool in_place = r.x_start && r.x_start != r.x_start_prev;
+    float* x_start = in_place ? place(r.x_start, r.x_type, index, x_start_buffer) : x_start_buffer;
     float* x_next = place(r.x_next, r.x_type, index, buffer);
     set_means(row, low, high, x, pred, size, x_start, x_next);
     if (r.x_start_prev) add(row.C, load(r.x_start_prev, r.x_type, index, size, x_buffer), size, x_next);
-    if (r.x_start_out && x_start == x_start_buffer) store(x_start, size, r.x_start_out, r.x_type, index);
+    if (r.x_start && x_start == x_start_buffer) store(x_start, size, r.x_start, r.x_type, index);
     if (r.noise) noise = load(r.noise, r.x_type, index, size, x_buffer);
     if (noise && r.variance) {
       if (row.sigma > 0) {

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t launch(const ReverseStep& r, cudaStream_t stream) {
   if (r.shape.samples == 0 || size_of(r.shape) == 0) return cudaSuccess;
   const auto tensors = {r.x, r.pred, r.noise, r.x_start_prev, r.variance, static_cast<const void*>(r.x_next),
-      static_cast<const void*>(r.x_start_out), static_cast<const void*>(r.model_input)};
+      static_cast<const void*>(r.x_start), static_cast<const void*>(r.model_input)};
   return with_wide_and_type(r.x_type, r.pred_type, [&](auto x, auto pred) {
     with_tile<false>(r.shape, r.keys && r.shape.planar, tensors, [&](auto tag) {
       using Tile = typename decltype(tag)::type;

@@ -35,11 +35,11 @@ __device__ __forceinline__ void step_tiles(const ReverseStep& r, int64_t tiles, 
       x[j] = A * x[j] + B * y[j];
     }
     if (r.x_start_prev) {
-      tile.template exchange<X>(r.x_start_prev, r.x_start_out, y);
+      tile.template exchange<X>(r.x_start_prev, r.x_start, y);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) x[j] += C * y[j];
-    } else if (r.x_start_out) {
-      tile.template store<X>(r.x_start_out, y);
+    } else if (r.x_start) {
+      tile.template store<X>(r.x_start, y);
     }
     if (r.keys || r.noise) {
       if (r.keys)

@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(kThreads)
   ReverseStep r = given;
   r.noise = r.x_start_prev = r.variance = nullptr;
   r.bounds = nullptr;
-  r.x_start_out = r.model_input = nullptr;
+  r.x_start = r.model_input = nullptr;
   if (!r.keys) return;
   step_tiles<X, Pred, WideTile<8, 1>>(r, tiles, tiles_per_block);
 }

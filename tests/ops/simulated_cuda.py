@@ -228,7 +228,7 @@ class Simulation:
             step=step,
             rows=rows,
             x_next=x_next,
-            x_start_out=x_start,
+            x_start=x_start,
             model_input=model_input,
             shape=shape_of(x),
             steps=len(rows),
