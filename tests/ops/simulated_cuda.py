@@ -174,7 +174,9 @@ class Simulation:
         with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         loss = torch.empty(len(pred))
-        grad = torch.empty_like(pred, memory_format=memory_format(pred)) if with_grad else None
+        grad = torch.empty_like(pred, memory_format=memory_format(pred)) if with_grad else pred.new_empty(0)
+        if pred.numel() == 0:
+            return loss.zero_(), grad
         data = {x.dtype for x in (x_start, noise) if x is not None} or {pred.dtype}
         bytes_ = x_start is not None and x_start.dtype == torch.uint8
         data_type = torch.float32 if bytes_ else data.pop()
@@ -188,7 +190,7 @@ class Simulation:
             rows=rows,
             upstream=upstream,
             loss=loss,
-            grad=grad,
+            grad=grad if with_grad else None,
             shape=shape_of(pred),
             timesteps=len(rows),
             scale=scale,
@@ -197,7 +199,7 @@ class Simulation:
             data_type=TYPES[data_type],
             x_is_bytes=bytes_,
         )
-        return loss, pred.new_empty(0) if grad is None else grad
+        return loss, grad
 
     def reverse_step(
         self,
@@ -253,6 +255,8 @@ class Simulation:
         high: float,
     ) -> Tensor:
         out = torch.empty(len(x_t))
+        if x_t.numel() == 0:
+            return out.zero_()
         self._launch(
             "VlbTerms",
             x_start=x_start,

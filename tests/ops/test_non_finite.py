@@ -113,8 +113,8 @@ def test_what_is_not_finite_stays_so_in_q_sample(runner):
     for dtype in dtypes_of(runner):
         for where, changed in cases({"x_start": images(), "noise": images()}, ["x_start", "noise"]):
             values = [v.to(dtype) for v in changed.values()]
-            rest = (None, make_t(2), schedule(2))
-            found = runner.call("q_sample", (*values, *rest, dtype))
+            rest = (make_t(2), schedule(2))
+            found = runner.call("q_sample", (*values, None, *rest, dtype))
             assert_same_kinds([found[0]], [reference.q_sample(*map(wide, values), *rest, torch.float64)], where)
 
 
@@ -125,8 +125,8 @@ def test_what_is_not_finite_stays_so_in_the_loss_and_its_gradient(runner):
         for index, name in enumerate(LOSS_TYPES):
             for where, changed in cases({**tensors, "upstream": torch.ones(2)}, [*tensors, "upstream"]):
                 *values, upstream = changed.values()
-                table = (None, make_t(2), schedule(3))
-                found = runner.call("weighted_loss", (*values, *table, upstream, index, 1.0, True))
+                table = (make_t(2), schedule(3))
+                found = runner.call("weighted_loss", (*values, None, *table, upstream, index, 1.0, True))
                 exact = (*map(wide, values), *table, name)
                 gradient = reference.weighted_loss_gradient(*exact) * upstream.double().view(2, 1, 1, 1)
                 assert_same_kinds(found, [reference.weighted_loss(*exact), gradient], f"{name}, {where}")
@@ -143,7 +143,7 @@ def test_what_is_not_finite_stays_so_in_a_reverse_step(runner):
                 rest = (step, schedule(8), -1.0, 1.0)
                 out = targets(x, pred, True)
                 found = runner.call("reverse_step", (x, pred, noise, None, x_prev, variance, limits, *rest, *out))
-                exact = [wide(v) for v in (x, pred, noise, None, x_prev, variance, limits)]
+                exact = [wide(v) for v in (x, pred, noise, x_prev, variance, limits)]
                 assert_same_kinds(found, reference.reverse_step(*exact, *rest), where)
 
 

@@ -1,19 +1,21 @@
 """What TorchInductor is given to compile: the references, as functions of tensors alone."""
 
 from ddpm_fast.ops import reference
+from ddpm_fast.ops.noise import noise_of
 
 
 def q_sample(x_start, keys, t, rows):
-    return reference.q_sample(x_start, None, keys, t, rows, x_start.dtype)
+    return reference.q_sample(x_start, noise_of(keys, x_start.shape), t, rows, x_start.dtype)
 
 
 def weighted_loss(pred, keys, t, rows):
-    arguments = (pred, None, None, keys, t, rows, "l2")
+    arguments = (pred, None, noise_of(keys, pred.shape), t, rows, "l2")
     return reference.weighted_loss(*arguments), reference.weighted_loss_gradient(*arguments).to(pred.dtype)
 
 
 def reverse_step(x, pred, keys, step, rows):
-    return reference.reverse_step(x, pred, None, keys[None], None, None, None, step, rows, -1.0, 1.0)[0]
+    noise = noise_of(keys, x.shape)
+    return reference.reverse_step(x, pred, noise, None, None, None, step, rows, -1.0, 1.0)[0]
 
 
 def vlb_terms(x_start, x_t, pred, t, rows):

@@ -27,7 +27,7 @@ def test_odd_sizes_and_odd_addresses_are_served(cc):
     t, rows = torch.tensor([1, 0]), torch.rand(2, 2)
     with simulated(cc):
         x_t = ops.q_sample(x, t, rows, noise=x)
-    assert torch.equal(x_t, reference.q_sample(x, x, None, t, rows, F32))
+    assert torch.equal(x_t, reference.q_sample(x, x, t, rows, F32))
 
 
 @everywhere

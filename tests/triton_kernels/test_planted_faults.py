@@ -28,7 +28,7 @@ def plant(tmp_path, monkeypatch):
         # The modules stay loaded: Triton unloads a kernel by the driver, and none is active after the test.
         package = tmp_path / f"planted_{hash(tmp_path) & 0xFFFFFFFF:x}"
         shutil.copytree(here / "triton", package / "triton", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("layout.py", "reference.py"):
+        for name in ("layout.py", "reference.py", "transforms.py"):
             shutil.copy(here / name, package)
         path = package / "triton" / file
         text = path.read_text()

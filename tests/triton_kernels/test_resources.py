@@ -139,10 +139,6 @@ def test_samples_of_several_parts_take_one_launch_more():
     assert [one.stats.kernel for one in launched] == ["_statistics", "_merge", "_apply"]
 
 
-def baseline(name, *inputs):
-    return inductor.baseline(f"{Path(__file__).with_name('inductor_functions.py')}:{name}", inputs)
-
-
 def test_torchinductor_needs_as_many_bytes_and_launches_or_more(capsys):
     x, keys, t, rows = images(N, 3, 32, 32, dtype=BF16), make_keys(N), torch.arange(N), torch.rand(N, 6)
     forward, backward, y = group_norm(BF16, torch.channels_last)
@@ -161,14 +157,15 @@ def test_torchinductor_needs_as_many_bytes_and_launches_or_more(capsys):
         f"{'':26}{'launches':>20}{'bytes':>22}",
         f"{'':26}{'here':>10}{'inductor':>10}{'here':>11}{'inductor':>11}",
     ]
-    for name, (call, inputs) in cases.items():
+    functions = Path(__file__).with_name("inductor_functions.py")
+    baselines = inductor.baselines([(f"{functions}:{name}", inputs) for name, (_, inputs) in cases.items()])
+    for (name, (call, _)), theirs in zip(cases.items(), baselines, strict=True):
         with simulated(90) as launched:
             call()
         stats = [one.stats for one in launched]
         if name == "group_norm_silu_backward":
             stats = stats[-3:]
         bytes_ = sum(s.unique_loaded_bytes + s.unique_stored_bytes for s in stats)
-        theirs = baseline(name, *inputs)
         lines.append(f"{name:26}{len(stats):10}{theirs.launches:10}{bytes_:11}{theirs.bytes:11}")
         assert len(stats) <= max(theirs.launches, 3), name
         assert bytes_ <= 1.02 * theirs.bytes, name
