@@ -62,10 +62,12 @@ def _compute(
 
 
 class _Pending(Tensor):
-    """A tensor that is computed when it is first used: norm(x), norm(x) * factor, norm(x) * factor + shift.
+    """The result of a group norm that has not been computed yet.
 
-    A SiLU is computed together with it. It has no memory of its own, so that code which does not ask
-    `__torch_function__` (TorchScript, say) comes to `__torch_dispatch__`, and what asks neither fails.
+    It stands for norm(x), norm(x) * factor or norm(x) * factor + shift. If the next operation on it is a SiLU, both
+    are computed by one kernel; any other operation computes the norm first. The tensor has shape, strides and dtype but
+    no storage. Python functions of PyTorch reach `__torch_function__`; code that bypasses it, such as TorchScript,
+    reaches `__torch_dispatch__`; code that bypasses both raises an error, since there is no storage to read.
     """
 
     _norm: PendingGroupNorm
@@ -78,7 +80,7 @@ class _Pending(Tensor):
     _sigmoid_of: "_Pending | None"  # this is the sigmoid of that
     _value: Tensor | None  # what it is, once computed
     _grad_mode: bool  # whether gradients were on
-    _versions: list[tuple[Tensor, int]]  # nobody may write to these in between
+    _versions: list[tuple[Tensor, int]]  # the inputs and their versions, to detect in-place changes
 
     @classmethod
     def of(
@@ -239,19 +241,25 @@ def _lost(grad: Tensor) -> None:
 
 
 def only_casts(norm: nn.GroupNorm) -> bool:
-    """Whether its forward is a group norm between casts, as OpenAI's GroupNorm32: it is watched while it runs."""
+    """Whether the module's forward computes one group norm and otherwise only casts, as OpenAI's GroupNorm32 does.
+
+    This is found out by running it on zeros and recording the functions that it calls.
+    """
     watch = _Watch()
     x = torch.zeros(1, norm.num_channels, 2, 2, dtype=norm.weight.dtype, device=norm.weight.device)
     try:
         with torch.no_grad(), watch:
             type(norm).forward(norm, x)
-    except Exception:  # whatever it is, it is not that
+    except Exception:  # it expects another input, so it is not such a module
         return False
     return watch.norms == [(norm.num_groups, norm.eps)]
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the group norms that are computed, and None for everything else but casts."""
+    """Records the calls of a forward: (groups, eps) for each group norm, None for each other call that is not a cast.
+
+    A group norm returns its input, since only the calls matter.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import packed_weights as packing
+from .lazy_group_norm import PendingGroupNorm
 from .optimized_modules import OPTIMIZED_LAYERS, SHARED, STATE, Shared, calling, replacement
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,9 +75,10 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
     former = floats[0].dtype if floats else None
     reduced = None if dtype == former or not floats else dtype
     said = network.dtype if isinstance(getattr(type(network), "dtype", None), property) else None
-    shared, state = Shared(reduced, said), _State(former, reduced, [], [])
-    for module in network.modules():
-        kind = replacement(module)
+    kinds = [(module, replacement(module)) for module in network.modules()]
+    fuses = any(kind is PendingGroupNorm for _, kind in kinds)
+    shared, state = Shared(reduced, said, fuses), _State(former, reduced, [], [])
+    for module, kind in kinds:
         if kind is not None:
             state.modules.append((module, type(module)))
             module.__class__ = kind

@@ -51,6 +51,14 @@ def other_weights(model, x):
         return torch.func.functional_call(model, parameters, (x,)), model(x)
 
 
+def jacobian(model, x):
+    return torch.func.jacrev(lambda image: model(image[None]))(x[0])
+
+
+def hessian(model, x):
+    return torch.func.hessian(lambda row: model(torch.cat([row, x[:1, :, 1:]], dim=2)).square().sum())(x[:1, :, :1])
+
+
 def second_derivatives(model, x):
     return torch.func.jvp(torch.func.grad(lambda x: model(x).square().sum()), (x,), (torch.ones_like(x),))
 
@@ -58,7 +66,7 @@ def second_derivatives(model, x):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "transform",
-    [jvp, dual, per_sample_gradients, vmap, other_weights, second_derivatives],
+    [jvp, dual, per_sample_gradients, vmap, other_weights, jacobian, hessian, second_derivatives],
     ids=lambda f: f.__name__,
 )
 def test_transforms_of_an_optimised_network_are_those_of_the_plain_one(transform):
