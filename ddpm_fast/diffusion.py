@@ -254,19 +254,22 @@ class GaussianDiffusion(ReverseProcess):
         by_methods = self.overrides("p_losses", "normalize")
         if img.dtype != torch.uint8 or self.betas.dtype != torch.float32 or self.immiscible or by_methods:
             img = self.normalize(img)
-        given = {
-            "noise": noise,
-            "offset_noise_strength": offset_noise_strength,
-            "loss_reduction": loss_reduction,
-            "model_kwargs": model_kwargs,
-        }
         if not self.overrides("p_losses"):
             if further:
                 name = next(iter(further))
                 raise TypeError(
                     f"forward() got an unexpected keyword argument {name!r}; the network's go into model_kwargs"
                 )
-            return self.p_losses(img, times, **given, seed=seed, sample_offset=sample_offset)
+            how = {"seed": seed, "sample_offset": sample_offset} | (
+                {"model_kwargs": model_kwargs} if model_kwargs else {}
+            )
+            return self.p_losses(img, times, noise, offset_noise_strength, loss_reduction, **how)
+        given = {
+            "noise": noise,
+            "offset_noise_strength": offset_noise_strength,
+            "loss_reduction": loss_reduction,
+            "model_kwargs": model_kwargs,
+        }
         # It may know none of these, nor of seeds.
         given = {name: v for name, v in given.items() if v is not None and (name, v) != ("loss_reduction", "mean")}
         with drawing_from(self.noise_source(img, seed, sample_offset)):

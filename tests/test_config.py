@@ -124,7 +124,10 @@ def test_all_errors_are_told_at_once():
         (changed(model={"channels": 1}), "model: .*image_size"),
         (changed(diffusion__timesteps=15), r"diffusion: beta_schedule 'linear' with 15 timesteps has beta"),
         (changed(diffusion__schedule_fn_kwargs={"tau": 1}), "diffusion: beta_schedule 'linear' has no argument 'tau'"),
-        (changed(diffusion__sampling_timesteps=2000), r"diffusion: steps must be a whole number in \[1, 1001\)"),
+        (
+            changed(diffusion__sampling_timesteps=2000),
+            r"diffusion: sampling_timesteps must be an integer in \[1, 1001\)",
+        ),
     ],
 )
 def test_values_that_do_not_fit_one_another_are_refused(values, message):

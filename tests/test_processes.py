@@ -113,7 +113,7 @@ def test_a_mistake_ends_all_processes_with_a_message(folder, tmp_path):
     result = launch(2, "-m", "ddpm_fast", "sample", folder, "--steps", 26, cwd=tmp_path)
     assert time.monotonic() - started < 60  # two imports of PyTorch, on whatever machine; a process that hangs has 1800
     assert result.returncode == 1
-    assert "ddpm-fast sample: steps must be a whole number in [1, 26), got 26" in result.stderr
+    assert "ddpm-fast sample: steps must be an integer in [1, 26), got 26" in result.stderr
     assert not (tmp_path / "samples.png").exists()
 
 

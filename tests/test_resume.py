@@ -110,10 +110,9 @@ class SignalsIgnored(data.ImageFiles):
         return torch.tensor([signal.getsignal(number) == signal.SIG_IGN for number in SIGNALS])
 
 
-def test_the_processes_that_read_images_leave_signals_to_the_training(monkeypatch):
-    monkeypatch.setattr(data, "cores", lambda: 1)
+def test_the_processes_that_read_images_leave_signals_to_the_training():
     order = data.ShuffledBatches(1, 1, seed=0, first_step=0, last_step=1)
-    (ignored,) = data.batches(SignalsIgnored([Path("none.png")], 8), order)
+    (ignored,) = data.batches(SignalsIgnored([Path("none.png")], 8), order, workers=1)
     assert ignored.all()
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
@@ -162,8 +161,8 @@ def test_a_resumed_run_has_the_loss_of_the_whole_window(tmp_path, monkeypatch):
 def test_an_error_in_the_data_loses_no_step(tmp_path, monkeypatch):
     batches = trainer.batches
 
-    def broken(data, order):
-        yield from (batch for _, batch in zip(range(3), batches(data, order), strict=False))
+    def broken(data, order, *, workers):
+        yield from (batch for _, batch in zip(range(3), batches(data, order, workers=workers), strict=False))
         raise RuntimeError("a worker was killed")
 
     monkeypatch.setattr(trainer, "batches", broken)
