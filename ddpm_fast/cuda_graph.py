@@ -1,4 +1,4 @@
-"""A step captured as a CUDA graph: hundreds of launches become one, and the host is out of the way."""
+"""A step captured as a CUDA graph: one launch replaces hundreds, so that the host does not limit the speed."""
 
 __all__ = ["captured"]
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-WARM_UP = 2  # calls before the capture: libraries choose their kernels and allocate what they keep
+WARM_UP = 2  # calls before the capture, in which libraries choose kernels and allocate their workspaces
 
 
 def captured(step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
-    """A step that works on tensors in place, to be replayed; or the step itself, where it cannot be captured.
+    """Captures a step that works on tensors in place. Returns its replay, or the step itself if it cannot be captured.
 
     Args:
-        step: reads and writes the same tensors in every call, and asks the host nothing.
-        state: the tensors that it changes, which are as before when this returns.
+        step: reads and writes the same tensors in every call, and synchronises with the device in none.
+        state: the tensors that it changes. They have their former values when this returns.
     """
     before = [x.clone() for x in state]
     try:
@@ -30,7 +30,7 @@ def captured(step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], 
         with torch.cuda.graph(graph):
             step()
         function = graph.replay
-    except RuntimeError as error:  # a network that asks the host, or allocates in ways that graphs cannot
+    except RuntimeError as error:  # the network synchronises, or allocates in a way that graphs do not allow
         warnings.warn(f"sampling runs step by step, since the network cannot be captured: {error}", stacklevel=2)
         function = step
     for x, value in zip(state, before, strict=True):

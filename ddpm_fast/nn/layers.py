@@ -11,13 +11,10 @@ __all__ = [
     "recomputed",
     "unhooked",
     "weight_dtype",
-    "without_dropout",
 ]
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -165,23 +162,6 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))  # (N, time_dim)
 
 
-_no_dropout: ContextVar[bool] = ContextVar("without_dropout", default=False)
-
-
-@contextmanager
-def without_dropout() -> Iterator[None]:
-    """Within this context, `Dropout` is the identity whatever its `training` flag says, in this thread alone.
-
-    For sampling from a network that another thread trains. torch.compile cannot guard on a context of a thread: in
-    compiled networks, `Dropout` follows its flag.
-    """
-    token = _no_dropout.set(True)
-    try:
-        yield
-    finally:
-        _no_dropout.reset(token)
-
-
 class Dropout(nn.Dropout):
     """nn.Dropout of (N, C, H, W); on a CPU in a seventh of its time, with p rounded to 16 bits.
 
@@ -189,8 +169,6 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and _no_dropout.get():
-            return x
         levels = 1 << 16
         dropped = round(self.p * levels)
         if not (self.training and 0 < dropped < levels and eager_on_cpu(x)):
