@@ -1,4 +1,4 @@
-"""The noise itself, stored: derived keys, and the normals of each key's stream."""
+"""Philox keys and normals as tensors: derived keys, and the normals of the stream of each key."""
 
 __all__ = ["fold_in", "normal"]
 

@@ -1,4 +1,4 @@
-"""The public ops: what they take, what they refuse, and whom they ask to do it."""
+"""The public ops: what they accept, what they refuse, and which backend computes them."""
 
 import os
 import subprocess
@@ -220,7 +220,7 @@ def test_an_index_outside_the_rows_is_an_error_that_names_it(op, place, name, ba
         call(op, args, kwargs)
 
 
-# Who does the work
+# Which backend computes an op
 
 
 def test_the_reference_can_be_asked_for():
