@@ -4,7 +4,8 @@ Image n of a run always meets the same timestep, noise and flip: they follow fro
 alone. So a run that was interrupted and resumed is the run that was not, bit for bit on a CPU.
 """
 
-__all__ = ["Trainer", "autocast", "ema_decay", "lr_factor", "make_optimizer", "train"]
+# `load_run` is defined in run, and was found here before.
+__all__ = ["Trainer", "autocast", "ema_decay", "load_run", "lr_factor", "make_optimizer", "train"]
 
 import math
 import os
@@ -28,7 +29,7 @@ from .data import ShuffledBatches, batches, fingerprint, open_data
 from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
 from .pictures import save_grid, save_loss
-from .run import Run, RunError, pick_device, sample_batches
+from .run import Run, RunError, load_run, pick_device, sample_batches
 from .signals import Stopped, deferred_signals
 
 STEP = 1  # what the seed is used for: everything that a step draws except the noise
