@@ -148,7 +148,7 @@ class DiffusionProcess(nn.Module):
 
     def noise_source(self, like: Tensor, seed: Seed = None, sample_offset: int = 0) -> NoiseSource:
         """Where noise of a tensor's device and dtype comes from; see `noise.NoiseSource`."""
-        current = _source.get()
+        current = None if torch.compiler.is_compiling() else _source.get()
         if current is not None and seed is None and not sample_offset:
             return current
         dtype = like.dtype if like.is_floating_point() else torch.float32

@@ -8,6 +8,7 @@ Triton, if there is no CUDA module) add kernels for their devices: PyTorch's dis
 __all__ = ["BACKENDS", "OPS", "Op", "availability", "backend", "chosen", "define", "has_triton", "reference_gradient"]
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,14 +33,18 @@ def _known(name: str | None) -> str | None:
 
 
 _default: str | None = _known(os.environ.get("DDPM_FAST_BACKEND") or None)
-# torch.compile guards on the value of a ContextVar: compiled code is traced again for another choice.
 _chosen: ContextVar[str | None] = ContextVar("ddpm_fast backend", default=_default)
 _contexts: ContextVar[tuple[list[str | None], ...]] = ContextVar("ddpm_fast backend contexts", default=())
+# The contexts of all threads, and the choice of the one that was entered last. torch.compile guards on the values of
+# globals, and before 2.14 it cannot trace a ContextVar.
+_of_process: list[list[str | None]] = []
+_latest: str | None = _default
+_lock = threading.Lock()
 
 
 def chosen() -> str | None:
-    """The backend that was asked for in this thread; None for the automatic choice."""
-    return _chosen.get()
+    """The backend that was asked for in this thread, or in compiled code in the process; None for the automatic one."""
+    return _latest if torch.compiler.is_compiling() else _chosen.get()
 
 
 @contextmanager
@@ -48,7 +53,8 @@ def backend(name: str | None) -> Iterator[None]:
 
     The choice holds in the thread (or asyncio task) that enters the context; others keep their own. Contexts may
     overlap without nesting, as those of two generators do: the one entered last holds among those not yet left.
-    The gradient of an op is computed by the backend that computed the op.
+    The gradient of an op is computed by the backend that computed the op. Compiled code follows the context that was
+    entered last in any thread, since torch.compile guards on nothing that belongs to one thread.
 
     Args:
         name: reference (plain PyTorch, any device), cpu (C++), triton or cuda (C++); None for the automatic choice,
@@ -59,16 +65,25 @@ def backend(name: str | None) -> Iterator[None]:
             called, with the reason.
     """
     entry = [_known(name)]  # a list, so that it differs from every other entry
-
-    def hold(contexts: tuple[list[str | None], ...]) -> None:
-        _contexts.set(contexts)
-        _chosen.set(contexts[-1][0] if contexts else _default)
-
-    hold((*_contexts.get(), entry))
+    _hold((*_contexts.get(), entry))
+    _update_latest(lambda entries: [*entries, entry])
     try:
         yield
     finally:
-        hold(tuple(other for other in _contexts.get() if other is not entry))
+        _hold(tuple(other for other in _contexts.get() if other is not entry))
+        _update_latest(lambda entries: [other for other in entries if other is not entry])
+
+
+def _hold(contexts: tuple[list[str | None], ...]) -> None:
+    _contexts.set(contexts)
+    _chosen.set(contexts[-1][0] if contexts else _default)
+
+
+def _update_latest(change: Callable[[list[list[str | None]]], list[list[str | None]]]) -> None:
+    global _latest
+    with _lock:
+        _of_process[:] = change(_of_process)
+        _latest = _of_process[-1][0] if _of_process else _default
 
 
 def availability(name: str) -> tuple[bool, str]:
@@ -124,7 +139,7 @@ class Op(NamedTuple):
 
     def __call__(self, like: Tensor, *, differentiated: bool = False) -> Callable[..., Any]:
         """The function that serves tensors like the one given."""
-        return self.reference if self.by_reference(like, differentiated) else self.kernel_of(_chosen.get())
+        return self.reference if self.by_reference(like, differentiated) else self.kernel_of(chosen())
 
     def by_reference(self, like: Tensor, differentiated: bool = False) -> bool:
         """Whether the reference serves tensors like the one given.
@@ -136,7 +151,7 @@ class Op(NamedTuple):
         Raises:
             RuntimeError: the backend that was asked for cannot serve the tensor.
         """
-        name = _chosen.get()
+        name = chosen()
         if name is None:
             if like.device.type in _unannounced:
                 _announce(like.device.type)
