@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import architectures
@@ -49,6 +50,17 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_make_parametrize_id(val):
     """Bytes by their length: all processes must find the same names, and gzip writes the time into its header."""
     return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+    """Signals as a program in a terminal has them: nohup and background jobs ignore some, and children inherit that."""
+    normal = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    normal = {getattr(signal, name): handler for name, handler in normal.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in normal.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
