@@ -12,10 +12,10 @@ from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .config import ConfigError, RunConfig, check
+from .data import OF_A_RUN
 from .run import RunError
 
 LOCK = ".lock"
-NAMES = ("config.json", "metrics.json", "loss.png", "samples.png", "denoising.png", "previews", "checkpoints")
 
 # What may differ from the run that is resumed: it changes neither the steps taken so far nor what the weights mean.
 FREE = {
@@ -68,7 +68,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     Raises:
         RunError: there is nothing to resume, there is a run already, or there are other files.
     """
-    written = [folder / f"{name}{ending}" for name in (*NAMES, LOCK) for ending in ("", ".tmp")]
+    written = [folder / f"{name}{ending}" for name in (*OF_A_RUN, LOCK) for ending in ("", ".tmp")]
     for path in (*written, *(folder / "previews").glob("*")):
         if path.is_symlink():
             raise RunError(f"{path} is a symbolic link, and a run writes only into its own folder; remove the link")
@@ -93,7 +93,7 @@ def _others(folder: Path) -> list[str]:
         own = text == config_text(check(json.loads(text)))
     except (OSError, ValueError):  # ConfigError is one
         own = False
-    return [name for name in names if not own or name.removesuffix(".tmp") not in NAMES]
+    return [name for name in names if not own or name.removesuffix(".tmp") not in OF_A_RUN]
 
 
 def check_same(config: RunConfig, fingerprint: str, checkpoint_folder: Path, state: dict[str, Any]) -> None:
