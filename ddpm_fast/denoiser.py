@@ -3,7 +3,7 @@ r"""The network as a denoiser: what its prediction says of eps, of x_0, and of t
 With the rows (u, w) of the objective, x0_hat = u x_t + w pred whatever the network predicts.
 """
 
-__all__ = ["Denoiser", "ModelArguments", "ModelPrediction", "clip_bounds"]
+__all__ = ["Denoiser", "ModelArguments", "ModelPrediction", "clip_bounds", "if_any"]
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -136,14 +136,18 @@ class Denoiser(DiffusionProcess):
         Args:
             clip_denoised: None for the module's own.
         """
-        further = {"model_kwargs": model_kwargs} if model_kwargs else {}
-        x_start = self.model_predictions(x, t, x_self_cond, **further)[1]
+        x_start = self.model_predictions(x, t, x_self_cond, **if_any(model_kwargs))[1]
         bounds = clip_bounds(self.clip_denoised if clip_denoised is None else clip_denoised)
         if bounds is not None:
             x_start = x_start.clamp(*bounds)
         mean, _, _ = self.q_posterior(x_start, x, t)
         variance, log_variance = self._at(self.variance_rows, t, x)
         return mean, variance, log_variance, x_start
+
+
+def if_any(model_kwargs: ModelArguments | None) -> dict[str, ModelArguments]:
+    """The keyword `model_kwargs` for a method that a subclass may have overridden without it: left out where empty."""
+    return {"model_kwargs": model_kwargs} if model_kwargs else {}
 
 
 def clip_bounds(clip_denoised: bool | tuple[float, float]) -> tuple[float, float] | None:

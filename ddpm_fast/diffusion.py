@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, ops, schedules
-from .denoiser import ModelArguments, clip_bounds
+from .denoiser import ModelArguments, clip_bounds, if_any
 from .noise import OFFSET, NoiseSource
 from .parameterization import loss_weight as make_loss_weight
 from .process import Seed, drawing_from
@@ -175,9 +175,8 @@ class GaussianDiffusion(ReverseProcess):
 
         x_self_cond = None
         if self.self_condition and self._conditions_itself():
-            further = {"model_kwargs": model_kwargs} if model_kwargs else {}
             with torch.no_grad():
-                x_self_cond = self.model_predictions(x, t, **further)[1]
+                x_self_cond = self.model_predictions(x, t, **if_any(model_kwargs))[1]
 
         pred = self.predict(x, t, x_self_cond, model_kwargs)
         rows = self.loss_rows
@@ -260,9 +259,7 @@ class GaussianDiffusion(ReverseProcess):
                 raise TypeError(
                     f"forward() got an unexpected keyword argument {name!r}; the network's go into model_kwargs"
                 )
-            how = {"seed": seed, "sample_offset": sample_offset} | (
-                {"model_kwargs": model_kwargs} if model_kwargs else {}
-            )
+            how = {"seed": seed, "sample_offset": sample_offset, **if_any(model_kwargs)}
             return self.p_losses(img, times, noise, offset_noise_strength, loss_reduction, **how)
         given = {
             "noise": noise,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checks, ops, samplers
-from .denoiser import Denoiser, ModelArguments, clip_bounds
+from .denoiser import Denoiser, ModelArguments, clip_bounds, if_any
 from .noise import SECOND_IMAGE, NoiseSource
 from .process import Seed, drawing_from
 from .samplers import StepTable
@@ -127,12 +127,10 @@ class ReverseProcess(Denoiser):
         model_kwargs: ModelArguments | None = None,
     ) -> Run:
         """A run from the state x before step `start_step`, in [-1, 1]."""
-        called = self.CALLED_BY_DDIM_SAMPLE
-        if torch.equal(table.rows.to(self.ancestral_rows), self.ancestral_rows):
-            called = self.CALLED_BY_P_SAMPLE
+        whole_chain = torch.equal(table.rows.to(self.ancestral_rows), self.ancestral_rows)
         how = {"start_step": start_step, "model_kwargs": model_kwargs}
-        if self.overrides(*called):
-            return MethodRun(self, x, table, source, **how)
+        if self.overrides(*(self.CALLED_BY_P_SAMPLE if whole_chain else self.CALLED_BY_DDIM_SAMPLE)):
+            return MethodRun(self, x, table, source, **how, by_p_sample=whole_chain)
         return SamplingRun(self, x, table, source, **how, with_x_start=with_x_start)
 
     @torch.no_grad()
@@ -289,9 +287,8 @@ class ReverseProcess(Denoiser):
         source = self.noise_source(x, seed, sample_offset)
         times = torch.full((x.shape[0],), t, device=x.device)
         if self.overrides(*self.CALLED_BY_P_SAMPLE[1:]):
-            further = {"model_kwargs": model_kwargs} if model_kwargs else {}
             mean, _, log_variance, x_start, *_ = self.p_mean_variance(
-                x=x, t=times, x_self_cond=x_self_cond, clip_denoised=self.clip_denoised, **further
+                x=x, t=times, x_self_cond=x_self_cond, clip_denoised=self.clip_denoised, **if_any(model_kwargs)
             )
             if t == 0:
                 return mean, x_start

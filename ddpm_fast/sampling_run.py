@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_graph, ops
-from .denoiser import Denoiser, ModelArguments, clip_bounds
+from .denoiser import Denoiser, ModelArguments, clip_bounds, if_any
 from .nn.evaluation import in_evaluation
 from .nn.packed_weights import PackedWeights, packed
 from .noise import NoiseSource
@@ -146,8 +146,9 @@ class SamplingRun:
 class MethodRun:
     """A run through the methods of a subclass of GaussianDiffusion, as denoising_diffusion_pytorch calls them.
 
-    A step of the whole ancestral chain is `p_sample(x, t, x_self_cond)`. Any other is made from `model_predictions(x,
-    t, x_self_cond, clip_x_start=True, rederive_pred_noise=True)`: with x_t = a x_0 + s eps in the row,
+    With `by_p_sample`, for the whole ancestral chain, a step is `p_sample(x, t, x_self_cond)`. Any other is made from
+    `model_predictions(x, t, x_self_cond, clip_x_start=True, rederive_pred_noise=True)`: with x_t = a x_0 + s eps in the
+    row,
 
         x' = (B + A a) x_0 + A s eps + C x0_prev + sigma z.
 
@@ -163,14 +164,13 @@ class MethodRun:
         *,
         start_step: int = 0,
         model_kwargs: ModelArguments | None = None,
+        by_p_sample: bool = False,
     ) -> None:
         self.x, self.x_start = x, None
         self._original, self._denoiser = denoiser, in_evaluation(denoiser)
         self._source, self._table, self._first = source, table, start_step
-        self._further = {"model_kwargs": model_kwargs} if model_kwargs else {}
+        self._further, self._by_p_sample = if_any(model_kwargs), by_p_sample
         self._clips = clip_bounds(denoiser.clip_denoised) is not None
-        whole_chain = torch.equal(table.rows.to(denoiser.ancestral_rows), denoiser.ancestral_rows)
-        self._by_p_sample = whole_chain and denoiser.overrides(*denoiser.CALLED_BY_P_SAMPLE)
 
     @torch.no_grad()
     def step(self, k: int) -> None:

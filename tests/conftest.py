@@ -47,6 +47,11 @@ def pytest_xdist_auto_num_workers(config):
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that take longest come first: if the last process began with them, the others would wait for it."""
+    items.sort(key=lambda item: "triton_kernels" not in item.nodeid)
+
+
 def pytest_make_parametrize_id(val):
     """Bytes by their length: all processes must find the same names, and gzip writes the time into its header."""
     return f"{len(val)} bytes" if isinstance(val, bytes) else None

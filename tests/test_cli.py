@@ -122,7 +122,7 @@ def trained(tmp_path_factory):
         (["--steps", "0"], "steps must be an integer in [1, 26)"),
         (["-n", "0"], "at least 1, got 0"),
         (["-n", "-1"], "at least 1, got -1"),
-        (["--seed", str(2**64)], "seed must be an integer in"),
+        (["--seed", str(2**64), "--out", "new/grid.png"], "seed must be an integer in"),
         (["--out", "x.psd"], "PSD pictures can be read, but not written"),
         (["--out", "file/grid.png"], "file"),
     ],

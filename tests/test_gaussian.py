@@ -93,7 +93,7 @@ def test_samples_follow_their_rows_exactly_and_in_distribution(
     diffusion = make(name, timesteps, objective, variance)
     table = diffusion.step_table(sampler, steps, eta)
     mean, covariance, maps = moments(diffusion, table)
-    n = 20_000
+    n = 5000
     samples = diffusion.sample(n, sampler=sampler, steps=steps, eta=eta, seed=11)
 
     # Exactly: the same run by its affine maps and the noise contract, sample by sample.

@@ -132,6 +132,17 @@ def test_tensors_that_take_the_memory_of_a_freed_result_are_not_taken_for_it():
         assert torch.equal(torch.autograd.grad(product.sum(), weight)[0], torch.full((256,), 3.0))
 
 
+def test_a_part_of_the_result_that_is_saved_is_that_part_of_it():
+    norm, x = GroupNorm(2, 8, 1e-6), images()
+    y = norm(x)
+    parts = [y[1:], y[1:].expand(2, -1, -1, -1), y[:, 2:5], y[:1]]
+    scales = [torch.randn(part.shape, requires_grad=True) for part in parts]
+    with recomputed(norm, x, y):
+        total = sum((part * scale).sum() for part, scale in zip(parts, scales, strict=True))
+    for found, part in zip(torch.autograd.grad(total, scales), parts, strict=True):
+        assert torch.equal(found, part)
+
+
 def test_views_of_the_same_bytes_in_another_dtype_are_not_taken_for_the_result():
     norm, x = GroupNorm(2, 8, 1e-6), images()
     y = norm(x)

@@ -39,6 +39,9 @@ def test_every_sampler_keeps_the_marginals_where_it_should():
         here, after = abar[table.t], torch.cat([abar[table.t][1:], torch.ones(1, dtype=torch.float64)])
         torch.testing.assert_close(table.A * here.sqrt() + table.B, after.sqrt())
         torch.testing.assert_close(table.A**2 * (1 - here) + table.sigma**2, 1 - after, rtol=1e-9, atol=1e-12)
+    none, half, whole = (table.sigma for table in tables)
+    assert not none.any()
+    torch.testing.assert_close(half, whole / 2)
 
 
 MULTISTEP = (samplers.dpmpp_2m, samplers.dpmpp_2m_sde)

@@ -36,6 +36,7 @@ def write_samples(
     if n < 1:
         raise ValueError(f"the number of images must be at least 1, got {n}")
     table = run.diffusion.step_table(sampler, steps)
+    run.diffusion.noise_source(run.diffusion.betas, seed)  # validates the seed before a folder is made
     picture_format = Image.registered_extensions().get(out.suffix.lower())
     one_file = picture_format is not None
     if one_file and picture_format not in Image.SAVE:

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
 from ..ops.layout import eager_on_cpu
+from ..ops.transforms import transformed
 from .packed_weights import Conv2d, Linear
 
 
@@ -86,10 +86,11 @@ class _Versioned(NamedTuple):
 
 
 class _View(NamedTuple):
-    """What is kept of a saved view of y, which has all of its elements."""
+    """What is kept of a saved view of y, of all or some of its elements."""
 
     shape: torch.Size
     stride: tuple[int, ...]
+    offset: int
 
 
 def recomputed(norm: nn.Module, x: Tensor, y: Tensor) -> AbstractContextManager[None]:
@@ -106,8 +107,7 @@ def recomputed(norm: nn.Module, x: Tensor, y: Tensor) -> AbstractContextManager[
         or torch.compiler.is_compiling()
         or not unhooked(norm, GroupNorm)
         or type(y) is not Tensor
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transformed()
         or not torch._C._autograd._saved_tensors_hooks_is_enabled()
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
@@ -116,17 +116,11 @@ def recomputed(norm: nn.Module, x: Tensor, y: Tensor) -> AbstractContextManager[
     groups, eps, silu = norm.num_groups, norm.eps, norm.silu
     # Autograd keeps these functions: they hold no memory of y, but its storage object, whose address stays its own.
     storage, version = StorageWeakRef(y.untyped_storage()), y._version
-    dtype, numel, offset = y.dtype, y.numel(), y.storage_offset()
+    dtype = y.dtype
 
     def pack(saved: Tensor) -> _Versioned | _View:
-        if (
-            saved._version == version
-            and saved.dtype == dtype
-            and saved.numel() == numel
-            and saved.storage_offset() == offset
-            and saved.untyped_storage()._cdata == storage.cdata
-        ):
-            return _View(saved.shape, saved.stride())
+        if saved._version == version and saved.dtype == dtype and saved.untyped_storage()._cdata == storage.cdata:
+            return _View(saved.shape, saved.stride(), saved.storage_offset())
         return _Versioned.of(saved)
 
     def unpack(kept: _Versioned | _View) -> Tensor:

@@ -3,24 +3,19 @@
 The fusion therefore does not depend on how the surrounding code is written. See `optimize`.
 """
 
-__all__ = ["PendingGroupNorm", "computed", "only_casts", "transformed"]
+__all__ = ["PendingGroupNorm", "computed", "only_casts"]
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from .. import ops
 from ..ops.layout import memory_format
+from ..ops.transforms import transformed
 from .mixed_dtypes import each
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class PendingGroupNorm(nn.GroupNorm):

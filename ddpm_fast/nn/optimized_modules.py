@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.layout import eager_on_cpu
+from ..ops.transforms import transformed
 from . import packed_weights as packing
-from .lazy_group_norm import PendingGroupNorm, computed, only_casts, transformed
+from .lazy_group_norm import PendingGroupNorm, computed, only_casts
 from .mixed_dtypes import MixedDtypes, each, is_timestep
 
 STATE = "_ddpm_fast_state"  # the attribute of an optimised model that holds what `restore` needs

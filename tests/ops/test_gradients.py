@@ -37,10 +37,13 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(op, dtype):
     assert all(g.shape == leaf.shape and g.isfinite().all() for g, leaf in zip(grads, leaves, strict=True))
 
 
+@pytest.mark.parametrize("samples", [1, None])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_the_loss_may_be_scaled_and_gone_through_twice(reduction):
-    args, kwargs = arguments("weighted_loss")
-    pred = args[0].requires_grad_()
+def test_the_loss_may_be_scaled_and_gone_through_twice(reduction, samples):
+    (pred, t, rows), kwargs = arguments("weighted_loss")
+    pred, t, *tensors = (x[:samples] for x in (pred, t, *kwargs.values()))
+    args, kwargs = (pred, t, rows), dict(zip(kwargs, tensors, strict=True))
+    pred.requires_grad_()
     loss = ddpm_fast.ops.weighted_loss(*args, **kwargs, reduction=reduction)
     total = loss.sum() * 0.5
     (first,) = torch.autograd.grad(total, pred, retain_graph=True)
