@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from . import packed_weights as packing
-from .lazy_group_norm import PendingGroupNorm
 from .optimized_modules import OPTIMIZED_LAYERS, SHARED, STATE, Shared, calling, replacement
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,7 +41,8 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
       model is called next, if it changes any of 32 elements of each weight.
 
     To train with float32 weights, give `dtype=torch.float32` and use autocast as ever: updates of an optimizer are
-    too small for bfloat16. torch.compile, DistributedDataParallel and the like go around an optimised model.
+    too small for bfloat16. Training on a CPU without autocast, where neither channels-last nor fused norms make a
+    network faster, is left as it is. torch.compile, DistributedDataParallel and the like go around an optimised model.
 
     Args:
         model: the network; or a GaussianDiffusion (of this package or of denoising_diffusion_pytorch), whose `.model`
@@ -76,8 +76,7 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
     reduced = None if dtype == former or not floats else dtype
     said = network.dtype if isinstance(getattr(type(network), "dtype", None), property) else None
     kinds = [(module, replacement(module)) for module in network.modules()]
-    fuses = any(kind is PendingGroupNorm for _, kind in kinds)
-    shared, state = Shared(reduced, said, fuses), _State(former, reduced, [], [])
+    shared, state = Shared(reduced, said), _State(former, reduced, [], [])
     for module, kind in kinds:
         if kind is not None:
             state.modules.append((module, type(module)))

@@ -10,10 +10,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from ..ops.layout import eager_on_cpu
 from ..ops.transforms import transformed
 from . import packed_weights as packing
-from .lazy_group_norm import PendingGroupNorm, computed, only_casts
+from .layers import GroupNorm
+from .lazy_group_norm import PendingGroupNorm, computed, only_casts, trains_in_float32
 from .mixed_dtypes import MixedDtypes, each, is_timestep
 
 STATE = "_ddpm_fast_state"  # the attribute of an optimised model that holds what `restore` needs
@@ -27,14 +27,12 @@ class Shared:
         weights: the packed weights.
         reduced: the dtype that the network was converted to, or None where it kept its own.
         dtype: what `model.dtype` was before the conversion; None where the model has no such property.
-        fuses: whether the network has group norms that are fused, and so gains from channels-last in training.
     """
 
-    def __init__(self, reduced: torch.dtype | None, dtype: torch.dtype | None, fuses: bool) -> None:
+    def __init__(self, reduced: torch.dtype | None, dtype: torch.dtype | None) -> None:
         self.weights = packing.PackedWeights()
         self.reduced = reduced
         self.dtype = dtype
-        self.fuses = fuses
 
 
 # The network whose module is being called in this thread.
@@ -46,6 +44,8 @@ def replacement(module: nn.Module) -> type | None:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule) or kind.forward is nn.Module.forward:
         return None
+    if kind in (GroupNorm, packing.Conv2d, packing.Linear):
+        return None  # fast as they are, and the blocks of our U-Net ask for these classes
     if "forward" not in vars(module):
         if kind is nn.Conv2d:
             return _Conv2d
@@ -156,13 +156,8 @@ class _Conv2d(packing.Conv2d):
         return _call_layer(self, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        # Some code drops the format, deliberately for large batches or before a shortcut. Without group norms, which
-        # gain from channels-last, copies here and in the backward pass cost a tenth of the time of a training step.
-        leave = False
-        if torch.is_grad_enabled() and eager_on_cpu(x):
-            shared = vars(self).get(SHARED)
-            leave = shared is not None and not shared.fuses and x.dtype == torch.float32
-        if x.dim() == 4 and not leave and not transformed():
+        # Some code drops the format, deliberately for large batches or before a shortcut.
+        if x.dim() == 4 and not transformed() and not trains_in_float32(x):
             x = x.contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 

@@ -22,7 +22,7 @@ from torch import nn
 from ddpm_fast import GaussianDiffusion, optimize, restore
 from ddpm_fast.nn.lazy_group_norm import PendingGroupNorm
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fused_in_training")]
 
 
 @pytest.fixture(params=NETWORKS)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import optimize, restore
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fused_in_training")]
 
 
 class OwnLinear(nn.Linear):

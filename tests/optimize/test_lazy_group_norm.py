@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import optimize
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fused_in_training")]
 
 
 @pytest.mark.parametrize(

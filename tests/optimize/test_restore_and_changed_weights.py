@@ -17,7 +17,7 @@ from optimized_networks import (
 from ddpm_fast import optimize, restore
 from ddpm_fast.nn import packed_weights as packing
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fused_in_training")]
 
 
 @pytest.fixture(params=NETWORKS)

@@ -10,7 +10,7 @@ from optimized_networks import inputs, make, tensor_of
 
 from ddpm_fast import optimize
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fused_in_training")]
 THREADS = 8
 
 
