@@ -116,6 +116,7 @@ def global_state():
         "gradients": torch.is_grad_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "working directory": os.getcwd(),
+        "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
     }
 
 
