@@ -27,7 +27,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.absolute()
-TARGET = ("TORCH_TARGET_VERSION", "0x020d000000000000")  # the ABI of torch 2.13, which later ones keep
+TARGET = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # the ABI of torch 2.11, which later ones keep
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
 # Without contraction of a * b + c into one operation, all backends round alike, to the last bit.
 # Nothing here reads errno or the floating-point exception flags, and preserving them blocks vectorisation.
@@ -81,7 +81,10 @@ def find_cuda() -> None:
     if release is None:
         raise MissingError(f"{nvcc} does not say which release of CUDA it belongs to")
     if release[1].split(".")[0] != torch.version.cuda.split(".")[0]:
-        raise MissingError(f"nvcc belongs to CUDA {release[1]}, but torch to CUDA {torch.version.cuda}")
+        raise MissingError(
+            f"nvcc belongs to CUDA {release[1]}, but torch {torch.__version__} to CUDA {torch.version.cuda}; with a "
+            "fitting torch installed, build with pip install --no-build-isolation"
+        )
 
     if not home:
         # The nvcc on PATH may be a link or a script; --dryrun prints where its toolkit lies.
@@ -251,4 +254,4 @@ if modules:
 
     commands["build_ext"] = BuildExt
 
-setup(ext_modules=modules, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": "cp311"}})
+setup(ext_modules=modules, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": "cp310"}})

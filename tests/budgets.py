@@ -4,11 +4,16 @@ A test that measures kernels calls `settle`, which fails where something has bec
 has become better, `pytest --update-budgets` writes the file anew.
 """
 
-import tomllib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from ptxsim import static, toolchain
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings along there
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
 HEADER = """\

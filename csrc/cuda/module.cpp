@@ -1,4 +1,6 @@
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "common/ops.h"
 #include "cuda/launch.h"
@@ -15,7 +17,8 @@ struct Cuda {
   template <class Arguments>
   static void run(const Arguments& arguments) {
     namespace accelerator = torch::stable::accelerator;
-    void* stream = accelerator::getCurrentStream(accelerator::getCurrentDeviceIndex()).nativeHandle();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(accelerator::getCurrentDeviceIndex(), &stream));
     STD_CUDA_CHECK(launch(arguments, static_cast<cudaStream_t>(stream)));
   }
   template <class Arguments>

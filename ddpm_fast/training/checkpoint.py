@@ -204,8 +204,11 @@ def _read_back(folder: Path, weights: dict[str, dict[str, Tensor]], moments: dic
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _delete(folder: Path) -> None:
