@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.nn.functional as F
 from diffusers_weights import renamed
+from speed.kernels import kernels_of
 from speed.measuring import SHORT, Contender, measure
 from speed.networks import (
     DIFFUSERS,
@@ -177,8 +178,9 @@ def main() -> None:
         if args.compile:
             eager = contenders[-1]
             counted = eager.flops // args.batch, None  # what a compiled network saves for backward is not measured
-            loss = their_loss(compiled(network, args.device), dtype, layouts[dtype], args.device)
-            contend(DIFFUSERS, dtype, "compiled", trainer, loss, compiled=True, counted=counted)
+            for how, faster in compiled(network, args.device).items():
+                loss = their_loss(faster, dtype, layouts[dtype], args.device)
+                contend(DIFFUSERS, dtype, how, trainer, loss, compiled=True, counted=counted)
     if lucidrains is not None:
         contend(LUCIDRAINS, torch.float32, "", Trainer(lucidrains), lambda images: lucidrains(images.float() / 255))
 
@@ -194,6 +196,9 @@ def main() -> None:
         "of same dtype": lambda row: times(row["bytes_of_same_dtype"]),
     }
     publish("A training step", measured, missing, columns, args)
+    if args.profile:
+        fastest = [c for c in contenders if c.family == OURS and c.how == ""][-1]
+        print(kernels_of(fastest.step, fastest.name, args.device))
 
 
 if __name__ == "__main__":

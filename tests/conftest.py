@@ -13,8 +13,9 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# What every test with hypothesis takes over: `pytest --hypothesis-profile ci` tries more examples.
-EXAMPLES = {"default": 50, "ci": 150}
+# What every test with hypothesis takes over: `pytest --hypothesis-profile ci` tries more examples, and tools that slow
+# kernels down a hundred times are given few.
+EXAMPLES = {"few": 3, "default": 50, "ci": 150}
 for name, examples in EXAMPLES.items():
     settings.register_profile(
         name,

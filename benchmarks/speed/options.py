@@ -25,6 +25,10 @@ def options(description: str) -> argparse.Namespace:
     parser.add_argument(
         "--compile", action="store_true", help="time diffusers with torch.compile as well; takes minutes"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="print ddpm_fast's kernels (on a CPU, ops) and their times"
+    )
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN time its algorithms and choose")
     parser.add_argument("--threads", type=_at_least(1), default=1, help="on a CPU (default: 1, pinned to one core)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the environment and all measurements there")
@@ -35,6 +39,7 @@ def options(description: str) -> argparse.Namespace:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, sys.orig_argv)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
     if args.device == "cpu" and args.threads == 1 and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "backends": {name: available for name, (available, _) in info.backends().items()},
-        **{name: getattr(args, name) for name in ("device", "preset", "batch", "compile")},
+        **{name: getattr(args, name) for name in ("device", "preset", "batch", "compile", "cudnn_benchmark")},
     }
 
 
