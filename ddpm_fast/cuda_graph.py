@@ -1,38 +1,78 @@
-"""A step captured as a CUDA graph: one launch replaces hundreds, so that the host does not limit the speed."""
+"""CUDA graphs: one launch replaces hundreds, so that the host does not limit the speed."""
 
-__all__ = ["captured"]
+__all__ = ["CannotCapture", "capture", "enabled"]
 
-import warnings
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 
 WARM_UP = 2  # calls before the capture, in which libraries choose kernels and allocate their workspaces
 
+_lock = threading.Lock()  # a process captures one graph at a time
 
-def captured(step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
-    """Captures a step that works on tensors in place. Returns its replay, or the step itself if it cannot be captured.
+
+class CannotCapture(RuntimeError):
+    """Why a function cannot be captured. No capture is under way, and the function can be called as before."""
+
+
+def enabled(x: Tensor) -> bool:
+    """Whether work on x may be captured: x is on a GPU, and the environment variable DDPM_FAST_GRAPHS is not 0."""
+    return x.is_cuda and os.environ.get("DDPM_FAST_GRAPHS") != "0"
+
+
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Captures a function as a graph; it is called three times in all. Returns the replay, for the current stream.
 
     Args:
-        step: reads and writes the same tensors in every call, and synchronises with the device in none.
-        state: the tensors that it changes. They have their former values when this returns.
+        step: works on the same tensors of the device in every call, and never waits for it.
+        device: whose current stream is waited for before and waits afterwards.
+
+    Raises:
+        CannotCapture: the function waits for the device, or does what graphs do not allow.
+        Exception: what the function raises before it is captured, such as torch.OutOfMemoryError.
     """
-    before = [x.clone() for x in state]
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+    with _lock, cuda.device(device):
+        outside, stream = cuda.current_stream(), cuda.Stream()
+        stream.wait_stream(outside)
+        try:
+            with cuda.stream(stream):
                 step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+                _without_waiting(step)
+            graph = _captured(step, stream)
+        finally:
+            cuda.set_stream(outside)  # where PyTorch cannot end a capture, it leaves the stream as it is
+            outside.wait_stream(stream)
+
+    def replay() -> None:
+        with cuda.device(device):
+            graph.replay()
+
+    return replay
+
+
+def _without_waiting(step: Callable[[], None]) -> None:
+    """Calls the function, and raises CannotCapture if it waits for the device, which would break a capture."""
+    before = cuda.get_sync_debug_mode()
+    cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        if "synchroniz" in str(error):
+            raise CannotCapture(f"it waits for the device: {error}") from error
+        raise
+    finally:
+        cuda.set_sync_debug_mode(before)
+
+
+def _captured(step: Callable[[], None], stream: cuda.Stream) -> cuda.CUDAGraph:
+    graph = cuda.CUDAGraph()
+    try:
+        # Thread-local: another thread may call CUDA meanwhile, as one that pins memory for a DataLoader does.
+        with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
-        function = graph.replay
-    except RuntimeError as error:  # the network synchronises, or allocates in a way that graphs do not allow
-        warnings.warn(f"sampling runs step by step, since the network cannot be captured: {error}", stacklevel=2)
-        function = step
-    for x, value in zip(state, before, strict=True):
-        x.copy_(value)
-    return function
+    except RuntimeError as error:
+        raise CannotCapture(str(error)) from error
+    return graph

@@ -79,8 +79,9 @@ class Denoiser(DiffusionProcess):
             x_self_cond: an earlier x0_hat, for networks with `self_condition`.
             model_kwargs: further arguments of the network, such as labels.
         """
-        condition = (x_self_cond,) if self.self_condition else ()
-        pred = _tensor_of(self.model(x.to(self.model_dtype(x)), t, *condition, **(model_kwargs or {})))
+        dtype = self.model_dtype(x)
+        condition = (None if x_self_cond is None else x_self_cond.to(dtype),) if self.self_condition else ()
+        pred = _tensor_of(self.model(x.to(dtype), t, *condition, **(model_kwargs or {})))
         if pred.shape != x.shape:
             raise ValueError(
                 f"the model must return the shape of its input, {tuple(x.shape)}; it returned {tuple(pred.shape)}"

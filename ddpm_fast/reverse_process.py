@@ -348,4 +348,4 @@ class ReverseProcess(Denoiser):
         with drawing_from(source):
             for k in range(start_step, len(table)):
                 run.step(k)
-        return run.x
+        return run.x.clone()  # the run may go on to use its memory for another

@@ -7,18 +7,18 @@ steps through the methods of a subclass that has changed them.
 
 __all__ = ["MethodRun", "Run", "SamplingRun"]
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import cuda_graph, ops
+from . import cuda_graph
 from .denoiser import Denoiser, ModelArguments, clip_bounds, if_any
+from .kept_graphs import kept_graph
 from .nn.evaluation import in_evaluation
-from .nn.packed_weights import PackedWeights, packed
 from .noise import NoiseSource
 from .samplers import StepTable
+from .sampling_step import SamplingStep
 
 
 class Run(Protocol):
@@ -61,86 +61,53 @@ class SamplingRun:
         with_x_start: bool = False,
         model_kwargs: ModelArguments | None = None,
     ) -> None:
-        self._denoiser, self._source, self._model_kwargs = in_evaluation(denoiser), source, dict(model_kwargs or {})
-        self._clip = clip_bounds(denoiser.clip_denoised)
-        self._rows, self._timesteps = table.rows.to(x), table.t.to(x.device)
-        self._indices = torch.arange(len(table), device=x.device)
-        self._weights = PackedWeights()
-        self._multistep = bool((table.C != 0).any())
-        self._keys = None  # (K, N, 2)
-        if source.keyed and bool((table.sigma[start_step:] > 0).any()):
-            self._keys = source.keys(len(x), range(1, len(table) + 1))
+        self._denoiser, self._source = in_evaluation(denoiser), source
+        self._first, self._last = start_step, len(table) - 1
+        model_kwargs = dict(model_kwargs or {})
+        kind = {
+            "keyed": source.keyed,
+            "noisy": bool((table.sigma[start_step:] > 0).any()),
+            "multistep": bool((table.C != 0).any()),
+            "with_x_start": with_x_start,
+        }
 
-        # Channels-last, as the ops count noise; where another package's noise is drawn, its layout is kept too.
-        layout = ops.channels_last_format(x.ndim) if source.keyed else None
-        self.x = torch.empty_like(x, memory_format=layout or torch.preserve_format).copy_(x)
-        needed = with_x_start or self._multistep or denoiser.self_condition
-        self.x_start = torch.zeros_like(self.x) if needed else None
-        dtype = denoiser.model_dtype(x)
-        self._model_input = self.x if dtype == x.dtype else self.x.to(dtype)
-        # (K, D): all that the network makes of the timesteps, if it can tell before it sees an image
-        model = self._denoiser.model
-        self._time_rows = model.time_rows(self._timesteps) if hasattr(model, "time_rows") else None
+        def step_of(capacity: int) -> SamplingStep:
+            return SamplingStep(self._denoiser, x, capacity, **kind, model_kwargs=model_kwargs)
 
-        self._first = start_step
-        self._replay = None
-        steps = len(table) - start_step
-        if x.is_cuda and source.keyed and not denoiser.self_condition and steps > cuda_graph.WARM_UP:
-            self._replay = self._capture()
+        def load(step: SamplingStep) -> None:
+            step.load(self._denoiser, x, table, source, start_step, model_kwargs)
+
+        self._graph = None
+        if cuda_graph.enabled(x) and len(table) - start_step > cuda_graph.WARM_UP:
+            capacity = max(len(table), denoiser.num_timesteps)  # one graph for any number of steps
+            form = (x.shape, x.stride(), x.dtype, x.device, capacity, *kind.values())
+            self._graph = kept_graph(
+                self, denoiser.model, self._denoiser, lambda: step_of(capacity), load, form, model_kwargs
+            )
+        if self._graph is not None:
+            self._step = self._graph.step
+        else:
+            self._step = step_of(len(table))
+            load(self._step)
+        self.x, self.x_start = self._step.x, self._step.x_start
 
     @torch.no_grad()
     def step(self, k: int) -> None:
         """Takes step k of the table; the steps come in their order."""
-        if self._replay is not None:
-            self._replay()
-            return
+        conditioned = self._denoiser.self_condition and k > self._first
         noise = None
         # Other packages draw for every step but the last, whatever its sigma.
-        if not self._source.keyed and k + 1 < len(self._rows):
+        if not self._source.keyed and k < self._last:
             noise = self._source.draw(k + 1, self.x.shape)
-        x_self_cond = self.x_start if self._denoiser.self_condition and k > self._first else None
-        time_row = None if self._time_rows is None else self._time_rows[k]
-        self._take(self._indices[k], self._timesteps[k], time_row, noise, x_self_cond)
-
-    def _take(
-        self,
-        index: Tensor,
-        t: Tensor,
-        time_row: Tensor | None,
-        noise: Tensor | None = None,
-        x_self_cond: Tensor | None = None,
-    ) -> None:
-        x, model_input = self.x, self._model_input
-        further = self._model_kwargs if time_row is None else self._model_kwargs | {"time_row": time_row}
-        with packed(self._weights):
-            pred = self._denoiser.predict(model_input, t.expand(len(x)), x_self_cond, further)
-        # The op writes the next input of a network in half precision; a float64 network's is converted.
-        written = model_input is not x and pred.dtype == model_input.dtype and model_input.itemsize < x.itemsize
-        ops.reverse_step(
-            x,
-            pred,
-            index,
-            self._rows,
-            noise=noise,
-            keys=self._keys,
-            x_start_prev=self.x_start if self._multistep else None,
-            clip=self._clip,
-            out=ops.ReverseStep(x, self.x_start, model_input if written else None),
-        )
-        if model_input is not x and not written:
-            model_input.copy_(x)
-
-    def _capture(self) -> Callable[[], None]:
-        index, t = (v[self._first : self._first + 1].clone() for v in (self._indices, self._timesteps))
-        following = self._timesteps.roll(-1)
-
-        def take() -> None:
-            self._take(index[0], t, None if self._time_rows is None else self._time_rows.index_select(0, index)[0])
-            torch.index_select(following, 0, index, out=t)
-            index.add_(1)
-
-        state = (self.x, self.x_start, self._model_input, index, t)
-        return cuda_graph.captured(take, [y for y in state if y is not None])
+        if self._graph is None:
+            self._step.take(self._denoiser, k, noise, conditioned=conditioned)
+        elif conditioned == self._denoiser.self_condition:
+            if noise is not None:
+                self._step.give_noise(noise)
+            self._graph.replay()
+        else:  # a network that is not given an x0_hat yet
+            self._step.take(self._denoiser, k, noise, conditioned=False)
+            self._step.index.add_(1)
 
 
 class MethodRun:

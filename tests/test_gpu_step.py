@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm_fast import GaussianDiffusion, UNet, cuda_graph
+from ddpm_fast import GaussianDiffusion, UNet, cuda_graph, kept_graphs
 from ddpm_fast.noise import NoiseSource
 from ddpm_fast.sampling_run import SamplingRun
 
@@ -74,7 +74,8 @@ def ops_of(function):
 @pytest.fixture
 def step_ops(monkeypatch):
     """The ops of the step that is captured."""
-    monkeypatch.setattr(cuda_graph, "captured", lambda step, state: step)
+    monkeypatch.setattr(cuda_graph, "capture", lambda step, device: step)
+    monkeypatch.setattr(kept_graphs, "_network", lambda model: None)  # addresses, which these tensors do not have
     model = UNet.preset("ddpm-cifar10-32").eval().bfloat16()
     diffusion = GaussianDiffusion(model, image_size=32, objective="pred_noise", beta_schedule="linear")
     with FakeTensorMode(allow_non_fake_inputs=True):
