@@ -77,7 +77,7 @@ def sample(options: argparse.Namespace) -> None:
     from .generate import write_samples
 
     run = load_run(expanded(options.run))
-    chosen = {name: getattr(options, name) for name in ("n", "seed", "sampler", "steps")}
+    chosen = {name: getattr(options, name) for name in ("n", "seed", "sampler", "steps", "precision")}
     try:
         written = write_samples(run, expanded(options.out), **chosen)
     except ValueError as error:
@@ -158,6 +158,12 @@ def _parser() -> argparse.ArgumentParser:
         "dpmpp_2m with --steps and ddim without",
     )
     p.add_argument("--steps", type=int, help="default: diffusion.sampling_timesteps of the run's config")
+    p.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="that the network is computed in (default: auto, which is bf16 where the device computes in it)",
+    )
     p.add_argument(
         "--out",
         type=Path,

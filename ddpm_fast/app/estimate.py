@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..training.config import RunConfig, build_diffusion
-from ..training.trainer import autocast, make_optimizer, pick_device
+from ..training.precision import autocast, chosen
+from ..training.trainer import make_optimizer, pick_device
 
 SECONDS = 10  # that the timed steps take together, approximately
 STEPS = 4  # that are timed
@@ -34,6 +35,7 @@ def estimate(config: RunConfig) -> str:
     """
     device, batch = pick_device(), config.training.batch_size
     diffusion = build_diffusion(config).to(device)
+    precision = chosen(config.training.precision, device)
     optimizer = make_optimizer(diffusion, config.training)
     parameters = sum(p.numel() for p in diffusion.model.parameters())
 
@@ -42,7 +44,7 @@ def estimate(config: RunConfig) -> str:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
     def loss_of(data: torch.Tensor) -> torch.Tensor:
-        with autocast(device, config.training):
+        with autocast(device, precision):
             return diffusion(data)
 
     def saved_for(data: torch.Tensor) -> int:
@@ -72,7 +74,7 @@ def estimate(config: RunConfig) -> str:
     weights = f"{parameters * 20 / 2**30:.2f} for weights, gradient, moments and average"
     lines = {
         "network": f"{parameters:,} parameters",
-        "device": device,
+        "device": f"{device}, {precision}",
         "step": f"{seconds:.3g} s for {batch} images{scaled}",
         "run": f"{_duration(seconds * config.training.steps)} for {config.training.steps:,} steps",
         "memory": f"at least {memory / 2**30:.2f} GiB: {weights}, and {saved / 2**20:.1f} MiB for each image",

@@ -13,7 +13,14 @@ from .distributed import joined
 
 
 def write_samples(
-    run: Run, out: Path, *, n: int, seed: int = 0, sampler: str | None = None, steps: int | None = None
+    run: Run,
+    out: Path,
+    *,
+    n: int,
+    seed: int = 0,
+    sampler: str | None = None,
+    steps: int | None = None,
+    precision: str = "auto",
 ) -> str:
     """Samples n images, in batches as large as those of the training, and writes them.
 
@@ -25,6 +32,7 @@ def write_samples(
     Args:
         out: NAME.png (.jpg, ...) for one grid; otherwise a folder, created if necessary, for one PNG per image. All
             processes write to it, each image as soon as its batch is finished.
+        precision: that the network is computed in: `auto`, `fp32`, `bf16` or `fp16`.
 
     Returns:
         A description of what all processes have written, for the user.
@@ -42,6 +50,7 @@ def write_samples(
     if one_file and picture_format not in Image.SAVE:
         raise ValueError(f"{out}: {picture_format} pictures can be read, but not written; take .png")
     (out.parent if one_file else out).mkdir(parents=True, exist_ok=True)
+    run = run.in_precision(precision)
     with joined() as processes, sampling_bar(n, disable=processes.rank > 0) as bar:
 
         def report(done: int = 0) -> None:

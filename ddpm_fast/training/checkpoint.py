@@ -30,7 +30,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -53,6 +53,18 @@ class CheckpointError(ValueError):
     """Which checkpoint cannot be loaded or saved, and what to do instead."""
 
 
+class _Scaler(BaseModel):
+    """The state of torch.amp.GradScaler."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+    scale: float = Field(gt=0)
+    growth_factor: float = Field(gt=1)
+    backoff_factor: float = Field(gt=0, lt=1)
+    growth_interval: int = Field(gt=0)
+    growth_tracker: int = Field(alias="_growth_tracker", ge=0)
+
+
 class _State(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -63,6 +75,8 @@ class _State(BaseModel):
     history: list[tuple[int, float]] = []
     recent: list[float] = []
     seconds: float = Field(0.0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] | None = None  # checkpoints from before it could be `auto` have none
+    scaler: _Scaler | None = None
 
 
 # Which checkpoints there are
@@ -250,7 +264,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     if state.format > 1 and not (checkpoint / SUMS).is_file():
         raise _damaged(checkpoint / SUMS, "no such file")
     _check_digest(path)
-    return state.model_dump()
+    return state.model_dump(by_alias=True)
 
 
 def load_weights(checkpoint: Path, name: str, module: nn.Module) -> None:

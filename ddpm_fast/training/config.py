@@ -134,7 +134,9 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float | None = Field(1.0, gt=0, description="upper bound of the gradient's norm")
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network's computation; weights are fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the network's computation; weights are fp32; auto: bf16 where the device computes in it"
+    )
     save_every: int = Field(5000, gt=0)
     sample_every: int = Field(5000, gt=0)
     workers: int | None = Field(

@@ -113,6 +113,8 @@ def check_same(config: RunConfig, fingerprint: str, checkpoint_folder: Path, sta
     now, free = _keys(config), set(FREE)
     if state["data"] is not None or _path(before) == _path(now):
         free.add("data.path")  # since the images themselves are compared
+    if config.training.precision == "auto":
+        free.add("training.precision")  # the run keeps the one that it has
     changed = [key for key in (before | now) if key not in free and before.get(key) != now.get(key)]
     if changed:
         differences = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..diffusion import GaussianDiffusion
 from . import checkpoint
 from .config import RunConfig, build_diffusion, check
 from .pictures import save_grid
+from .precision import in_precision
 
 REPORTS = 20  # per batch: few enough that waiting for the device costs nothing, and the bar shows finished work
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # n is a fraction
@@ -48,6 +49,10 @@ class Run:
     config: RunConfig
     diffusion: GaussianDiffusion
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    def in_precision(self, precision: str) -> "Run":
+        """The run with a network whose weights have the dtype of `auto`, `fp32`, `bf16` or `fp16`, to sample from."""
+        return replace(self, diffusion=in_precision(self.diffusion, precision))
 
     def write_metrics(self) -> None:
         checkpoint.write_text(self.folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
@@ -146,9 +151,12 @@ def check_finite(run: Run, images: Tensor) -> Tensor:
 def write_pictures(run: Run, *, seed: int = 0, n: int = 64) -> Tensor:
     """Writes samples.png, a grid of at most 64 samples, and denoising.png, rows from x_T to x_0.
 
+    The network is computed in the precision of the training.
+
     Returns:
         The n samples, (n, C, H, W), in [0, 1].
     """
+    run = run.in_precision(run.metrics.get("precision", run.config.training.precision))
     steps = len(run.diffusion.step_table())
     taken = 0
     with sampling_bar(n) as bar:

@@ -5,7 +5,7 @@ alone. So a run that was interrupted and resumed is the run that was not, bit fo
 """
 
 # `load_run` is defined in run, and was found here before.
-__all__ = ["Trainer", "autocast", "ema_decay", "load_run", "lr_factor", "make_optimizer", "train"]
+__all__ = ["Trainer", "ema_decay", "load_run", "lr_factor", "make_optimizer", "train"]
 
 import math
 import os
@@ -29,6 +29,7 @@ from .data import ShuffledBatches, batches, fingerprint, open_data
 from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
 from .pictures import save_grid, save_loss
+from .precision import autocast, chosen
 from .run import Run, RunError, load_run, pick_device, sample_batches
 from .signals import Stopped, deferred_signals
 
@@ -101,12 +102,18 @@ class Trainer:
         self.fingerprint = fingerprint(self.data)
         self.optimizer = make_optimizer(self.diffusion, config.training)
         self.ema = AveragedModel(self.diffusion)  # its decay is set in each step
+        self._set_precision(chosen(config.training.precision, self.device))
         self.progress = Progress()
         self.result = Run(folder, config, self.ema.module)
         self._noise_seed = derive_seed(config.seed, NOISE)
         self._window = max(1, min(LONGEST_WINDOW, config.training.steps // LOSS_POINTS))
         self._pending: list[Tensor] = []  # losses that are still on the device
         self._saved, self._started = 0, 0.0
+
+    def _set_precision(self, precision: str) -> None:
+        """Gradients in float16 are scaled, since most are too small for it."""
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def run(self) -> Run:
         """Takes the steps that are left."""
@@ -151,14 +158,16 @@ class Trainer:
         images = images.to(self.device, non_blocking=True)
         if self.config.data.flip:
             images = _flip_half(images)
-        with autocast(self.device, c):
+        with autocast(self.device, self.precision):
             loss = self.diffusion(images, seed=self._noise_seed, sample_offset=step * c.batch_size)
-        loss.backward()
+        self.scaler.scale(loss).backward()
         if c.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.diffusion.model.parameters(), c.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * lr_factor(step, c)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # left out where a scaled gradient is too large for float16
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step, c))
         self.ema.update_parameters(self.diffusion)
@@ -192,7 +201,13 @@ class Trainer:
         now = time.perf_counter()
         self.progress.seconds += now - self._started
         self._started = now
-        state = {"config": self.config.model_dump(mode="json"), "data": self.fingerprint} | asdict(self.progress)
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "data": self.fingerprint,
+            "precision": self.precision,
+            "scaler": self.scaler.state_dict() or None,
+            **asdict(self.progress),
+        }
         checkpoint.save(
             self.folder,
             self.progress.step,
@@ -220,6 +235,10 @@ class Trainer:
         checkpoint.load_weights(newest, "model", self.diffusion.model)
         checkpoint.load_weights(newest, "ema", self.ema.module.model)
         checkpoint.load_optimizer(newest, self.optimizer)
+        # What `auto` chooses may be another on this device.
+        self._set_precision(state["precision"] or state["config"]["training"]["precision"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.ema.n_averaged.fill_(first)
         self.progress = Progress(first, state["history"], state["recent"], state["seconds"])
         self._saved = first
@@ -235,6 +254,7 @@ class Trainer:
             "seconds": round(p.seconds, 1),
             "seed": self.config.seed,
             "device": str(self.device),
+            "precision": self.precision,
             "versions": versions(),
             "history": p.history,
         }
@@ -252,9 +272,10 @@ class Trainer:
                 raise InterruptedError("stopped")
 
         began = time.perf_counter()
-        chosen = {"sampler": "ddim", "steps": min(PREVIEW_STEPS, self.diffusion.num_timesteps), "eta": 0.0}
+        how = {"sampler": "ddim", "steps": min(PREVIEW_STEPS, self.diffusion.num_timesteps), "eta": 0.0}
         try:
-            drawn = sample_batches(self.result, 16, seed=self.config.seed, report=give_up, **chosen)
+            run = self.result.in_precision(self.precision)
+            drawn = sample_batches(run, 16, seed=self.config.seed, report=give_up, **how)
             images = torch.cat([images for _, images in drawn])
             path.parent.mkdir(exist_ok=True)
             save_grid(images, path)
@@ -283,11 +304,6 @@ def make_optimizer(diffusion: GaussianDiffusion, c: TrainingConfig) -> torch.opt
     return torch.optim.AdamW(
         diffusion.model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True
     )
-
-
-def autocast(device: torch.device, c: TrainingConfig) -> torch.autocast:
-    """The forward pass in the config's precision: convolutions and products in bfloat16, losses in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bf16")
 
 
 def ema_decay(step: int, c: TrainingConfig) -> float:
