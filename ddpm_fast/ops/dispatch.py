@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from importlib import import_module, util
 from typing import Any, NamedTuple
 
@@ -98,7 +98,8 @@ def availability(name: str) -> tuple[bool, str]:
     if not has_triton():
         return False, "Triton is not installed"
     device = _triton_device()
-    return (device is not None, "" if device else "Triton finds no GPU")
+    reason = triton_fault(device) if device else "Triton finds no GPU"
+    return not reason, reason
 
 
 @cache
@@ -116,6 +117,41 @@ def _triton_device() -> str | None:
         return driver.active.get_active_torch_device().type
     except RuntimeError:  # no driver is active
         return None
+
+
+@cache
+def triton_fault(device: str) -> str:
+    """Why Triton cannot launch kernels on a type of device; empty if it can.
+
+    Found out once, by the smallest kernel there is: to launch one, Triton compiles a C program, for which it needs a C
+    compiler and Python's header files.
+    """
+    keys = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    try:
+        by_triton("fold_in", keys, keys[0, :1])
+    except Exception as error:  # of Triton, of the compiler it calls, of LLVM
+        return f"Triton cannot launch kernels here: {type(error).__name__}: {error}"
+    return ""
+
+
+def by_triton(name: str, *args: Any) -> Any:
+    """The strict op as a Triton kernel."""
+    with torch.accelerator.device_index(args[0].device.index):  # Triton launches on the current device
+        return getattr(import_module("ddpm_fast.ops.triton"), name)(*args)
+
+
+def by_triton_if_it_works(name: str, kernel: Callable[..., Any], *args: Any) -> Any:
+    """The strict op as a Triton kernel, or where Triton cannot launch one, in plain PyTorch, which is said once."""
+    reason = triton_fault(args[0].device.type)
+    if not reason:
+        return by_triton(name, *args)
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"ddpm_fast runs in plain PyTorch on {args[0].device.type} tensors: {reason}", stacklevel=2)
+    return kernel(*args)
+
+
+_told: set[str] = set()
 
 
 def _serves(name: str, tensor: Tensor) -> tuple[bool, str]:
@@ -228,11 +264,7 @@ def define(
             (create_graph=True) or `transformed()`, it is computed by the reference, so that it can be differentiated.
     """
 
-    def triton(*args: Any, **kwargs: Any) -> Any:
-        with torch.accelerator.device_index(args[0].device.index):  # Triton launches on the current device
-            return getattr(import_module("ddpm_fast.ops.triton"), name)(*args, **kwargs)
-
-    for namespace, default in (("ddpm_fast", kernel), ("ddpm_fast_triton", triton)):
+    for namespace, default in (("ddpm_fast", kernel), ("ddpm_fast_triton", partial(by_triton, name))):
         qualified = f"{namespace}::{name}"
         torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(qualified, "default", default)
@@ -241,7 +273,7 @@ def define(
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"ddpm_fast::{name}", "CUDA")
     if not has_cuda and has_triton():
-        torch.library.impl(f"ddpm_fast::{name}", "cuda", triton)
-    automatic, by_triton = (getattr(space, name).default for space in (torch.ops.ddpm_fast, torch.ops.ddpm_fast_triton))
-    OPS[name] = Op(name, arguments, kernel, reference, automatic, by_triton)
+        torch.library.impl(f"ddpm_fast::{name}", "cuda", partial(by_triton_if_it_works, name, kernel))
+    automatic, of_triton = (getattr(space, name).default for space in (torch.ops.ddpm_fast, torch.ops.ddpm_fast_triton))
+    OPS[name] = Op(name, arguments, kernel, reference, automatic, of_triton)
     return OPS[name]

@@ -292,6 +292,47 @@ def test_triton_can_be_asked_for_where_a_simulator_is_its_driver():
 
     args, kwargs = arguments("q_sample")
     with ptxsim.triton.simulate(cc=90) as launches, ddpm_fast.backend("triton"):
+        dispatch.triton_fault("cpu")  # launches a kernel when it is called first
+        launches.clear()
         x_t = ops.q_sample(*args, **kwargs)
     assert len(launches) == 1
     torch.testing.assert_close(x_t, ops.q_sample(*args, **kwargs), rtol=1e-5, atol=1e-5)
+
+
+def test_where_triton_cannot_launch_the_reference_serves_and_the_reason_is_said_once(monkeypatch):
+    calls = []
+
+    def no_compiler(name, *args):
+        calls.append(name)
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(dispatch, "by_triton", no_compiler)
+    monkeypatch.setattr(dispatch, "_triton_device", lambda: "cpu")
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_told", set())
+    dispatch.triton_fault.cache_clear()
+    x, args = torch.rand(2, 3), (None, None)
+    try:
+        with pytest.warns(UserWarning, match="plain PyTorch on cpu tensors: .*RuntimeError: Failed to find C compiler"):
+            assert dispatch.by_triton_if_it_works("q_sample", lambda x, *rest: x + 1, x, *args).equal(x + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert dispatch.by_triton_if_it_works("q_sample", lambda x, *rest: x + 1, x, *args).equal(x + 1)
+        assert calls == ["fold_in"]  # asked once, and with the smallest kernel
+        args, kwargs = arguments("q_sample")
+        with ddpm_fast.backend("triton"), pytest.raises(RuntimeError, match="Failed to find C compiler"):
+            ops.q_sample(*args, **kwargs)
+    finally:
+        dispatch.triton_fault.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a GPU")
+def test_the_probe_launches_one_kernel():
+    pytest.importorskip("triton")
+    import ptxsim.triton
+
+    dispatch.triton_fault.cache_clear()
+    with ptxsim.triton.simulate(cc=90) as launches:
+        assert dispatch.triton_fault("cpu") == ""
+        assert dispatch.triton_fault("cpu") == ""
+    assert len(launches) == 1

@@ -10,6 +10,7 @@ import ptxsim.triton
 from ptxsim import static
 
 from ddpm_fast import ops
+from ddpm_fast.ops import dispatch
 
 
 class Launched(NamedTuple):
@@ -40,9 +41,10 @@ def simulated(cc: int) -> Iterator[list[Launched]]:
         ptx = ptxsim.triton._ptx_of_kernel[self.metadata.hash]
         launched.append(Launched(launches[-1], ptx, self.metadata.shared, self.metadata.num_warps))
 
-    ptxsim.triton._Launcher.__call__ = launch
-    try:
-        with ptxsim.triton.simulate(cc=cc) as launches, ops.backend("triton"):
+    with ptxsim.triton.simulate(cc=cc) as launches, ops.backend("triton"):
+        dispatch.triton_fault("cpu")  # launches a kernel when it is called first
+        ptxsim.triton._Launcher.__call__ = launch
+        try:
             yield launched
-    finally:
-        ptxsim.triton._Launcher.__call__ = original
+        finally:
+            ptxsim.triton._Launcher.__call__ = original
