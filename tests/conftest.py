@@ -29,7 +29,7 @@ for name, examples in EXAMPLES.items():
 
 def pytest_addoption(parser):
     parser.addoption("--update-budgets", action="store_true", help="write tests/budgets.toml instead of comparing")
-    parser.addoption("--all-architectures", action="store_true", help="simulate kernels for sm_80, sm_90 and sm_100")
+    parser.addoption("--all-architectures", action="store_true", help="simulate kernels for all architectures")
 
 
 def pytest_configure(config):

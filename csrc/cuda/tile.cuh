@@ -48,14 +48,15 @@ __device__ __forceinline__ float16 from_float<float16>(float x) {
   return __float2half_rn(x);
 }
 
-// Like clip, in two instructions. It returns NaN if x or a bound is NaN.
+// Like clip, in two instructions where there are such. It returns NaN if x or a bound is NaN.
 __device__ __forceinline__ float device_clip(float x, float low, float high) {
 #if __CUDA_ARCH__ >= 800
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
   asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
   return x;
 #else
-  return clip(x, low, high);
+  const float clipped = clip(x, low, high);
+  return low <= high || high <= low ? clipped : low + high;  // NaN where a bound is
 #endif
 }
 
