@@ -161,17 +161,28 @@ def test_a_network_that_was_changed_is_captured_anew(captures, without, change):
 
 
 def test_another_shape_backend_or_clipping_is_captured_anew(captures, without):
-    diffusion = make()
+    diffusion = make(clip_denoised=(-0.1, 0.1))
     run = runs(diffusion)
-    run()
-    diffusion.sample(2)
-    assert len(captures) == 2
-    with ddpm_fast.backend("reference"):
-        run()
-    assert len(captures) == 3
+    clipped = run()
     diffusion.clip_denoised = False
     assert torch.equal(run(), without(run))
+    assert not torch.equal(run(), clipped)
+    assert len(captures) == 2
+    diffusion.sample(2)
+    assert len(captures) == 3
+    with ddpm_fast.backend("reference"):
+        diffusion.sample(2)
     assert len(captures) == 4
+
+
+def test_a_run_may_begin_in_the_middle(captures, without):
+    diffusion, x = make(), torch.rand(3, 2, 4, 4) - 0.5
+
+    def run():
+        return diffusion.interpolate(x, -x, t=7, seed=1)
+
+    assert torch.equal(run(), without(run))
+    assert len(captures) == 1
 
 
 def test_a_network_in_training_mode_shares_the_graph_and_keeps_its_mode(captures, without):
