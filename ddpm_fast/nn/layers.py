@@ -189,6 +189,8 @@ class ResidualBlock(nn.Module):
 
     def takes_bias(self) -> bool:
         """Whether conv1 can be given another bias: not when it is wrapped (by LoRA, say), replaced or hooked."""
+        if torch.compiler.is_compiling() and torch.__version__ < (2, 13):
+            return False  # a bias that is a slice, which TorchInductor of torch 2.11 has no code for
         return unhooked(self.conv1, Conv2d) and self.conv1.bias is not None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
