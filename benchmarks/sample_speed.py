@@ -11,7 +11,7 @@ from itertools import chain, count
 
 import torch
 import torch._inductor.config as inductor
-from speed.kernels import kernels_of
+from speed.kernels import kernels_of_ours
 from speed.measuring import Contender, measure
 from speed.networks import (
     DIFFUSERS,
@@ -164,8 +164,7 @@ def main() -> None:
     }
     publish("A sampling step", measured, missing, columns, args)
     if args.profile:
-        fastest = [c for c in contenders if c.family == OURS and c.how == ""][-1]
-        print(kernels_of(fastest.step, fastest.name, args.device))
+        print(kernels_of_ours(contenders, args.device))
 
 
 if __name__ == "__main__":

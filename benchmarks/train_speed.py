@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.nn.functional as F
 from diffusers_weights import renamed
-from speed.kernels import kernels_of
+from speed.kernels import kernels_of_ours
 from speed.measuring import SHORT, Contender, measure
 from speed.networks import (
     DIFFUSERS,
@@ -197,8 +197,7 @@ def main() -> None:
     }
     publish("A training step", measured, missing, columns, args)
     if args.profile:
-        fastest = [c for c in contenders if c.family == OURS and c.how == ""][-1]
-        print(kernels_of(fastest.step, fastest.name, args.device))
+        print(kernels_of_ours(contenders, args.device))
 
 
 if __name__ == "__main__":
