@@ -150,4 +150,57 @@ struct GroupNormSiluBackward {
   float* workspace;  // as many floats as the backend's workspace_size says
 };
 
+// The same of h = cat([x + input_bias + residual, skip]), rounded to x_type. `shape` is that of h; x and residual have
+// the first `channels` of its channels, and skip the others. All are channels-last where something is added.
+struct AddGroupNormSilu {
+  const void* x;           // x_type
+  const void* input_bias;  // (channels,) or (samples, channels) input_bias_type, or null
+  const void* residual;    // x_type, or null
+  const void* skip;        // x_type, or null
+  const void* weight;      // (shape.channels,) parameter_type
+  const void* bias;        // (shape.channels,) parameter_type
+  const void* scale;       // (samples, shape.channels) x_type, or null
+  const void* shift;       // like scale
+  void* y;                 // x_type
+  void* h;                 // x_type; may be null if there is neither a residual nor a skip
+  float* mean;             // (samples, groups)
+  float* rstd;             // (samples, groups)
+  Shape shape;
+  int64_t channels;
+  int64_t input_bias_stride;  // elements from one sample's row to the next; 0: all samples have the same
+  int64_t groups;
+  float eps;
+  bool silu;
+  Type x_type, parameter_type, input_bias_type;  // the last two are x_type or float32
+  float* workspace;                              // as many floats as the backend's workspace_size says
+};
+
+// The gradients of the inputs of AddGroupNormSilu, given those of y and h. That of a residual is that of x.
+struct AddGroupNormSiluBackward {
+  const void* grad;        // x_type
+  const void* grad_sum;    // x_type, or null: the gradient of h, beside what comes through y
+  const void* x;           // x_type; h if `kept`
+  const void* input_bias;  // as above; what is given has a gradient
+  const float* mean;       // (samples, groups)
+  const float* rstd;       // (samples, groups)
+  const void* weight;      // (shape.channels,) parameter_type
+  const void* bias;        // (shape.channels,) parameter_type
+  const void* scale;       // (samples, shape.channels) x_type, or null
+  const void* shift;
+  void* grad_x;           // x_type
+  void* grad_skip;        // x_type, or null
+  void* grad_input_bias;  // dense, of the shape and type of input_bias, or null
+  void* grad_weight;      // (shape.channels,) parameter_type
+  void* grad_bias;        // (shape.channels,) parameter_type
+  void* grad_scale;       // (samples, shape.channels) x_type, or null
+  void* grad_shift;
+  Shape shape;
+  int64_t channels;
+  int64_t input_bias_stride;
+  int64_t groups;
+  bool silu, kept;
+  Type x_type, parameter_type, input_bias_type;
+  float* workspace;  // as many floats as the backend's workspace_size says
+};
+
 }  // namespace ddpm_fast

@@ -16,6 +16,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "common/arguments.h"
 
@@ -135,9 +136,24 @@ class Inputs {
     }
   }
 
-  // New tensors on the device of the first: in its shape and layout, or contiguous in the given sizes.
+  // A tensor as the first, with any number of channels.
+  void check_more_channels(const char* name, const std::optional<Tensor>& x) const {
+    if (!x) return;
+    bool fits = x->dim() == first_.dim() && x->scalar_type() == first_.scalar_type() && x->device() == device_;
+    for (int64_t d = 0; fits && d < x->dim(); ++d) fits = d == 1 || x->size(d) == first_.size(d);
+    STD_TORCH_CHECK(fits && (is_dense(*x, format_) || x->numel() == 0), op_, ": ", name, " ", describe(*x),
+        " does not go, in dtype, shape but for the channels, layout or device, with ", describe(first_));
+  }
+
+  // New tensors on the device of the first: in its shape and layout, with another number of channels, or contiguous in
+  // the given sizes.
   Tensor like_first(ScalarType type) const {
     return torch::stable::empty(first_.sizes(), type, std::nullopt, device_, std::nullopt, format_);
+  }
+  Tensor like_first(int64_t channels) const {
+    std::vector<int64_t> sizes(first_.sizes().begin(), first_.sizes().end());
+    sizes[1] = channels;
+    return torch::stable::empty(sizes, first_.scalar_type(), std::nullopt, device_, std::nullopt, format_);
   }
   Tensor array(ScalarType type, std::initializer_list<int64_t> sizes) const {
     return torch::stable::empty(sizes, type, std::nullopt, device_);

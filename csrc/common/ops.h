@@ -339,7 +339,7 @@ struct Ops {
     library.impl("group_norm_silu_backward", TORCH_BOX(&Ops::group_norm_silu_backward));
   }
 
- private:
+ protected:
   // Allocates the workspace, sets `arguments.workspace` and runs the kernel. On a GPU the workspace is freed before the
   // kernel has run, which is safe: PyTorch's allocator reuses the memory only for later work on the same stream.
   template <class Arguments>
@@ -355,7 +355,11 @@ struct Ops {
 
   static void check_parameters(const char* op, const Inputs& inputs, const Tensor& x, const Tensor& weight,
       const Tensor& bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups) {
-    const int64_t channels = x.size(1);
+    check_parameters(op, inputs, x, x.size(1), weight, bias, scale, shift, groups);
+  }
+
+  static void check_parameters(const char* op, const Inputs& inputs, const Tensor& x, int64_t channels,
+      const Tensor& weight, const Tensor& bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups) {
     const ScalarType type = weight.scalar_type();
     STD_TORCH_CHECK(groups > 0 && channels % groups == 0, op, ": ", groups, " groups do not divide ", describe(x));
     STD_TORCH_CHECK(type == ScalarType::Float || type == x.scalar_type(), op, ": weight ", describe(weight),

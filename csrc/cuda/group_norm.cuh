@@ -36,13 +36,37 @@ __device__ __forceinline__ int64_t sample_of_block() {
   return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
 }
 
+// The struct with additions, of one without.
+inline AddGroupNormSilu with_additions(const GroupNormSilu& g) {
+  AddGroupNormSilu a{};
+  a.x = g.x, a.weight = g.weight, a.bias = g.bias, a.scale = g.scale, a.shift = g.shift;
+  a.y = g.y, a.mean = g.mean, a.rstd = g.rstd;
+  a.shape = g.shape, a.channels = g.shape.channels, a.groups = g.groups;
+  a.eps = g.eps, a.silu = g.silu, a.x_type = g.x_type, a.parameter_type = g.parameter_type, a.workspace = g.workspace;
+  return a;
+}
+
+inline AddGroupNormSiluBackward with_additions(const GroupNormSiluBackward& g) {
+  AddGroupNormSiluBackward a{};
+  a.grad = g.grad, a.x = g.x, a.mean = g.mean, a.rstd = g.rstd;
+  a.weight = g.weight, a.bias = g.bias, a.scale = g.scale, a.shift = g.shift;
+  a.grad_x = g.grad_x, a.grad_weight = g.grad_weight, a.grad_bias = g.grad_bias;
+  a.grad_scale = g.grad_scale, a.grad_shift = g.grad_shift;
+  a.shape = g.shape, a.channels = g.shape.channels, a.groups = g.groups;
+  a.silu = g.silu, a.x_type = g.x_type, a.parameter_type = g.parameter_type, a.workspace = g.workspace;
+  return a;
+}
+
 // Calls f with the element type, the vectors' width and the layout as constants.
 template <typename F>
-cudaError_t with_norm_layout(Type type, const Shape& shape, std::initializer_list<const void*> tensors, const F& f) {
+cudaError_t with_norm_layout(Type type, const Shape& shape, int64_t channels, int64_t bias_stride,
+    std::initializer_list<const void*> tensors, const F& f) {
   return with_float_type(type, [&](auto t) {
     using Wide = std::integral_constant<int, 8>;
     using Narrow = std::integral_constant<int, 1>;
-    const bool wide = (shape.planar ? shape.plane : shape.channels) % 8 == 0 && aligned(tensors);
+    const bool fits =
+        shape.planar ? shape.plane % 8 == 0 : shape.channels % 8 == 0 && channels % 8 == 0 && bias_stride % 8 == 0;
+    const bool wide = fits && aligned(tensors);
     if (shape.planar) return wide ? f(t, Wide{}, std::true_type{}) : f(t, Narrow{}, std::true_type{});
     return wide ? f(t, Wide{}, std::false_type{}) : f(t, Narrow{}, std::false_type{});
   });
@@ -94,6 +118,97 @@ __device__ __forceinline__ void store(void* data, int64_t i, const float (&value
   for (int j = 0; j < kWidth; ++j) v.element[j] = from_float<T>(values[j]);
   *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(data) + i) = v;
 }
+
+// kWidth values from i on, of T or float32; where there are several, they begin at a multiple of 16 bytes.
+template <typename T, int kWidth>
+__device__ __forceinline__ void load_parameter(const void* data, Type type, int64_t i, float (&out)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    out[0] = load_as(data, type, i);
+  } else if (type == Type::f32) {
+#pragma unroll
+    for (int j = 0; j < kWidth; j += 4) {
+      const auto v = *reinterpret_cast<const Vector<float, 4>*>(static_cast<const float*>(data) + i + j);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[j + k] = v.element[k];
+    }
+  } else {
+    load<T>(data, i, out);
+  }
+}
+
+// kWidth channels from c on of h = cat([x + input_bias + residual, skip]), from a pixel of a channels-last sample on.
+template <typename T, int kWidth>
+struct Summands {
+  const T* x;
+  const T* residual = nullptr;
+  int stride;  // elements from one pixel to the next
+  float bias[kWidth];
+  bool adds = false;
+
+  __device__ __forceinline__ Summands(const AddGroupNormSilu& g, int64_t sample, int64_t c, int64_t pixel) {
+    if (c >= g.channels) {
+      stride = static_cast<int>(g.shape.channels - g.channels);
+      x = static_cast<const T*>(g.skip) + (sample * g.shape.plane + pixel) * stride + (c - g.channels);
+      return;
+    }
+    set_x(g, g.channels, sample, c, pixel, true);
+    if (!g.residual) return;
+    residual = static_cast<const T*>(g.residual) + (x - static_cast<const T*>(g.x));
+    if (!adds) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) bias[j] = 0.0f;
+    }
+    adds = true;
+  }
+
+  // In the backward pass h was kept, or is x + input_bias.
+  __device__ __forceinline__ Summands(const AddGroupNormSiluBackward& g, int64_t sample, int64_t c, int64_t pixel) {
+    set_x(g, g.shape.channels, sample, c, pixel, !g.kept);
+  }
+
+  template <class Arguments>
+  __device__ __forceinline__ void set_x(
+      const Arguments& g, int64_t channels, int64_t sample, int64_t c, int64_t pixel, bool with_bias) {
+    stride = static_cast<int>(channels);
+    x = static_cast<const T*>(g.x) + (sample * g.shape.plane + pixel) * stride + c;
+    if (!with_bias || !g.input_bias) return;
+    adds = true;
+    load_parameter<T>(g.input_bias, g.input_bias_type, sample * g.input_bias_stride + c, bias);
+  }
+
+  // The first `count` of kCount vectors, `step` pixels apart: all are read before the first is used. The sum is rounded
+  // once. What follows after `count` vectors means nothing.
+  template <int kCount>
+  __device__ __forceinline__ void load(int count, int step, Vector<T, kWidth> (&out)[kCount]) const {
+    read(x, count, step, out);
+    if (!adds) return;
+    Vector<T, kWidth> more[kCount];
+    if (residual) read(residual, count, step, more);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        float value = to_float(out[k].element[j]) + bias[j];
+        if (residual) value += to_float(more[k].element[j]);
+        out[k].element[j] = from_float<T>(value);
+      }
+    }
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void read(const T* from, int count, int step, Vector<T, kWidth> (&out)[kCount]) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      out[k] = {};
+      if (k < count) out[k] = *reinterpret_cast<const Vector<T, kWidth>*>(from + k * step * stride);
+    }
+  }
+
+  __device__ __forceinline__ void advance(int pixels) {
+    x += static_cast<int64_t>(pixels) * stride;
+    if (residual) residual += static_cast<int64_t>(pixels) * stride;
+  }
+};
 
 // 1 / (1 + exp(-z)), to 2^-21 and better.
 __device__ __forceinline__ float sigmoid(float z) {
@@ -157,26 +272,44 @@ __device__ __forceinline__ Part part_of_block(const Shape& shape, const Parts& p
   return {first, min(parts.channels, shape.channels - first), begin, min(begin + parts.per_piece, shape.plane)};
 }
 
-// Calls f(offset in the sample, what `of_channel` holds for each element) for the vectors of this thread; of_channel
-// begins with the part's first channel.
+constexpr int kInFlight = 4;  // vectors that a thread reads before it uses the first
+
+// Vectors of a thread in one channel, or of the same channels: at `first`, `first + step`, ... elements of the sample.
+struct Run {
+  int64_t channel, pixel, step;  // step: in pixels
+  int count;                     // up to kInFlight
+
+  template <bool kPlanar>
+  __device__ __forceinline__ int64_t offset(int64_t channels, int64_t plane, int k) const {
+    return kPlanar ? channel * plane + pixel + k * step : (pixel + k * step) * channels + channel;
+  }
+};
+
+// Calls f(run, what `of_channel` holds for each element) for the vectors of this thread; of_channel begins with the
+// part's first channel.
 template <bool kPlanar, int kWidth, typename PerChannel, typename F>
 __device__ __forceinline__ void for_vectors(
     const Shape& shape, const Part& part, const PerChannel* of_channel, const F& f) {
   PerChannel own[kWidth];
+  const auto runs = [&](int64_t channel, int64_t begin, int64_t step) {
+    for (int64_t i = begin; i < part.end; i += kInFlight * step) {
+      const int64_t left = (part.end - i + step - 1) / step;
+      f(Run{channel, i, step, static_cast<int>(min(left, static_cast<int64_t>(kInFlight)))}, own);
+    }
+  };
   if constexpr (kPlanar) {
     const Seat at = seat((part.end - part.begin + kWidth - 1) / kWidth);
     for (int64_t c = at.row; c < part.channels && at.row < at.rows; c += at.rows) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) own[j] = of_channel[c];
-      const int64_t plane = (part.first_channel + c) * shape.plane;
-      for (int64_t i = part.begin + at.column * kWidth; i < part.end; i += at.columns * kWidth) f(plane + i, own);
+      runs(part.first_channel + c, part.begin + at.column * kWidth, at.columns * kWidth);
     }
   } else {
     const Seat at = seat(shape.channels / kWidth);
     for (int64_t c = at.column * kWidth; c < shape.channels && at.row < at.rows; c += at.columns * kWidth) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) own[j] = of_channel[c + j];
-      for (int64_t p = part.begin + at.row; p < part.end; p += at.rows) f(p * shape.channels + c, own);
+      runs(c, part.begin + at.row, at.rows);
     }
   }
 }

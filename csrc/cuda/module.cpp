@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "common/ops.h"
+#include "cuda/add_group_norm_silu.h"
 #include "cuda/launch.h"
 
 namespace ddpm_fast {
@@ -29,6 +29,9 @@ struct Cuda {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, library) { Ops<Cuda>::register_all(library); }
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, library) {
+  Ops<Cuda>::register_all(library);
+  AddingOps<Cuda>::register_all(library);
+}
 
 }  // namespace ddpm_fast

@@ -1,42 +1,17 @@
 """The blocks of the U-Net. All images are channels-last: (N, C, H, W) with the strides of (N, H, W, C)."""
 
-__all__ = [
-    "Attention",
-    "Downsample",
-    "Dropout",
-    "GroupNorm",
-    "ResidualBlock",
-    "TimeEmbedding",
-    "Upsample",
-    "recomputed",
-    "unhooked",
-    "weight_dtype",
-]
+__all__ = ["Attention", "Downsample", "Dropout", "ResidualBlock", "TimeEmbedding", "Upsample", "weight_dtype"]
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import ops
 from ..ops.layout import eager_on_cpu
-from ..ops.transforms import transformed
+from .deferred_sum import DeferredSum, convolved, normalised, normalised_alone
+from .group_norm import GroupNorm, recomputed, unhooked
 from .packed_weights import Conv2d, Linear
-
-
-def unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module runs `kind.forward` and nothing else: no subclass, no wrapper and no hook."""
-    return (
-        type(module) is kind
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
-        and not nn.modules.module._has_any_global_hook()
-    )
 
 
 def weight_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
@@ -52,85 +27,6 @@ def weight_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
             return p.dtype
         break
     return default
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm and, unless `silu=False`, SiLU after it."""
-
-    def __init__(self, groups: int, channels: int, eps: float, *, silu: bool = True) -> None:
-        super().__init__(groups, channels, eps)
-        self.silu = silu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
-
-
-class _Versioned(NamedTuple):
-    """A saved tensor and its version, since autograd checks no versions where there are saved-tensor hooks."""
-
-    tensor: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> "_Versioned":
-        return cls(x, x._version)
-
-    def get(self) -> Tensor:
-        x = self.tensor
-        if x._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{x.type()} {list(x.shape)}] is at version {x._version}; expected version {self.version} instead"
-            )
-        return x
-
-
-class _View(NamedTuple):
-    """What is kept of a saved view of y, of all or some of its elements."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-def recomputed(norm: nn.Module, x: Tensor, y: Tensor) -> AbstractContextManager[None]:
-    """A context for the layers that take y = norm(x): autograd saves x; y is recomputed in the backward pass.
-
-    The norm saves x anyway, so that y costs no memory, for about 1 % of a training step. y is computed from the
-    tensors that the norm was given (x and its parameters at that time), whose versions are checked, and never by
-    calling the module again. y is saved as usual where it could be something else: a norm of another class or with
-    hooks, y written to in place. It is too where saved-tensor hooks cannot be used (torch.compile, torch.func,
-    forward-mode derivatives) or are used already (gradient checkpointing, `save_on_cpu`).
-    """
-    if (
-        not y.requires_grad
-        or torch.compiler.is_compiling()
-        or not unhooked(norm, GroupNorm)
-        or type(y) is not Tensor
-        or transformed()
-        or not torch._C._autograd._saved_tensors_hooks_is_enabled()
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    ):
-        return nullcontext()
-    inputs = [_Versioned.of(v) for v in (x, norm.weight, norm.bias)]
-    groups, eps, silu = norm.num_groups, norm.eps, norm.silu
-    # Autograd keeps these functions: they hold no memory of y, but its storage object, whose address stays its own.
-    storage, version = StorageWeakRef(y.untyped_storage()), y._version
-    dtype = y.dtype
-
-    def pack(saved: Tensor) -> _Versioned | _View:
-        if saved._version == version and saved.dtype == dtype and saved.untyped_storage()._cdata == storage.cdata:
-            return _View(saved.shape, saved.stride(), saved.storage_offset())
-        return _Versioned.of(saved)
-
-    def unpack(kept: _Versioned | _View) -> Tensor:
-        if isinstance(kept, _Versioned):
-            return kept.get()
-        # With create_graph, gradients are on here, and the graph goes on through x and the parameters.
-        again = ops.group_norm_silu(*(v.get() for v in inputs), groups, eps, silu=silu)
-        return again.as_strided(*kept)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class TimeEmbedding(nn.Module):
@@ -196,22 +92,21 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """
         Args:
-            time: (N, out_channels) or (1, out_channels), added to the result of conv1; or (out_channels,), which
-                replaces conv1's bias when all samples share t: without a pass over the images. The latter only if
-                `takes_bias`.
+            time: (N, out_channels), or (out_channels,) where all samples share t; added to the result of conv1. It
+                replaces conv1's bias if `takes_bias`, so that it costs no pass over the images.
         """
-        y = self.norm1(x)
+        return self.deferred(DeferredSum(x), time)[0].tensor()
+
+    def deferred(self, x: DeferredSum, time: Tensor, skip: Tensor | None = None) -> tuple[DeferredSum, Tensor]:
+        """What `forward` returns, not added yet; and its input as a tensor: cat([x, skip])."""
+        y, x = normalised(self.norm1, x, skip)
         with recomputed(self.norm1, x, y):
-            h = self.conv1(y) if time.dim() > 1 else self.conv1(y, bias=time)
-        if time.dim() > 1:
-            h = h + time[:, :, None, None]
-        y, shortcut = self.norm2(h), self.shortcut(x)
-        with recomputed(self.norm2, h, y):
-            y = self.dropout(y)
-            if unhooked(self.conv2, Conv2d):
-                new = unhooked(self.shortcut, Conv2d)  # and nobody else has it
-                return self.conv2(y, plus=shortcut, overwrite=new)
-            return self.conv2(y) + shortcut
+            h = convolved(self.conv1, y, bias=time) if self.takes_bias() else DeferredSum(self.conv1(y), time)
+        y, h = normalised_alone(self.norm2, h)
+        shortcut = self.shortcut(x)
+        new = unhooked(self.shortcut, Conv2d)  # and nobody else has it
+        with recomputed(self.norm2, h.x, y, h.bias):
+            return convolved(self.conv2, self.dropout(y), plus=shortcut, overwrite=new), x
 
 
 class Attention(nn.Module):
@@ -225,14 +120,18 @@ class Attention(nn.Module):
         self.out = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.deferred(DeferredSum(x)).tensor()
+
+    def deferred(self, x: DeferredSum) -> DeferredSum:
+        """What `forward` returns, not added yet."""
+        y, x = normalised(self.norm, x)
         n, c, h, w = x.shape
-        y = self.norm(x)
         with recomputed(self.norm, x, y):
             qkv = self.qkv(y.permute(0, 2, 3, 1).reshape(n, h * w, c))  # a view of channels-last memory
         q, k, v = (part.view(n, h * w, self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, H * W, C / heads)
         y = self.out(y.transpose(1, 2).reshape(n, h * w, c))
-        return x + y.view(n, h, w, c).permute(0, 3, 1, 2)
+        return DeferredSum(y.view(n, h, w, c).permute(0, 3, 1, 2), residual=x)
 
 
 class Downsample(nn.Module):
@@ -243,7 +142,10 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.deferred(x).tensor()
+
+    def deferred(self, x: Tensor) -> DeferredSum:
+        return convolved(self.conv, F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -254,4 +156,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.deferred(x).tensor()
+
+    def deferred(self, x: Tensor) -> DeferredSum:
+        return convolved(self.conv, F.interpolate(x, scale_factor=2, mode="nearest"))

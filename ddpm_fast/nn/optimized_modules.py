@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.transforms import transformed
 from . import packed_weights as packing
-from .layers import GroupNorm
+from .group_norm import GroupNorm
 from .lazy_group_norm import PendingGroupNorm, computed, only_casts, trains_in_float32
 from .mixed_dtypes import MixedDtypes, each, is_timestep
 

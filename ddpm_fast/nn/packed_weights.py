@@ -131,16 +131,22 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d, with packed weights within `packed`, where the result is channels-last."""
 
     def forward(
-        self, x: Tensor, bias: Tensor | None = None, plus: Tensor | None = None, overwrite: bool = False
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        plus: Tensor | None = None,
+        overwrite: bool = False,
+        biased: bool = True,
     ) -> Tensor:
         """
         Args:
             x: (N, C, H, W).
             bias: (out_channels,), used instead of the module's.
+            biased: False for the result without a bias.
             plus: added to the result, of its shape and dtype.
             overwrite: whether the result may be written into plus.
         """
-        bias = self.bias if bias is None else bias
+        bias = self.bias if bias is None and biased else bias
         weights = _weights_for(x, self.weight) if self.padding_mode == "zeros" else None
         if weights is None or isinstance(self.padding, str) or x.dim() != 4:
             if conv_backward.serves(self, x):

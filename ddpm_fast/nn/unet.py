@@ -11,7 +11,9 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import integer
-from .layers import Attention, Downsample, GroupNorm, ResidualBlock, TimeEmbedding, Upsample, weight_dtype
+from .deferred_sum import DeferredSum, convolved, normalised_alone
+from .group_norm import GroupNorm, unhooked
+from .layers import Attention, Downsample, ResidualBlock, TimeEmbedding, Upsample, weight_dtype
 from .packed_weights import Conv2d, Linear
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -155,8 +157,13 @@ class UNet(nn.Module):
         return cls(**(PRESETS[name] | changes))
 
     def time_rows(self, t: Tensor) -> Tensor:
-        """The time embeddings of the timesteps t, (K,), projected for all blocks: (K, D), rows for `forward`."""
-        return self.time_projection(silu(self.time_embedding(t)))
+        """What the timesteps t, (K,), add to the images in all blocks: (K, D), rows for `forward`.
+
+        The biases of the convolutions that a row replaces are part of it.
+        """
+        rows = self.time_projection(silu(self.time_embedding(t)))
+        biases = [b.conv1.bias if b.takes_bias() else rows.new_zeros(b.out_channels) for b in self._blocks()]
+        return rows + torch.cat(biases)
 
     def forward(self, x: Tensor, t: Tensor | float, time_row: Tensor | None = None) -> Tensor:
         """
@@ -173,52 +180,41 @@ class UNet(nn.Module):
             ValueError: shapes, dtypes or devices that do not fit.
         """
         t = self._check_input(x, t)
-        time = iter(self._times(x, t, time_row))  # in the order of `blocks`, that of the forward pass
-
-        def through(block: ResidualBlock, attention: nn.Module, *parts: Tensor) -> Tensor:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(_through, block, attention, next(time), *parts, use_reentrant=False)
-            return _through(block, attention, next(time), *parts)
-
+        time = iter(self._times(t, time_row))  # in the order of `blocks`, that of the forward pass
+        # A state h is a sum until the norm of the next block adds it up and hands it back, to be a skip or not.
+        through = _checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else _through
         x = x.to(weight_dtype(self.conv_in, x.dtype)).contiguous(memory_format=torch.channels_last)
-        h = self.conv_in(x)
-        skips = [h]
+        h = convolved(self.conv_in, x)
+        skips = []
         for level in self.down:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = through(block, attention, h)
-                skips.append(h)
+                h, skip = through(block, attention, h, next(time))
+                skips.append(skip)
             if level.resample is not None:
-                h = level.resample(h)
-                skips.append(h)
+                skips.append(h.tensor())
+                h = _resampled(level.resample, skips[-1])
 
-        h = through(self.mid_block1, self.mid_attention, h)
-        h = self.mid_block2(h, next(time))
+        h, skip = through(self.mid_block1, self.mid_attention, h, next(time))
+        skips.append(skip)
+        h, _ = _through(self.mid_block2, nn.Identity(), h, next(time))
 
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = through(block, attention, h, skips.pop())
+                h, _ = through(block, attention, h, next(time), skips.pop())
             if level.resample is not None:
-                h = level.resample(h)
-        return self.conv_out(self.norm_out(h))
+                h = _resampled(level.resample, h.tensor())
+        return self.conv_out(normalised_alone(self.norm_out, h)[0])
 
     def _blocks(self) -> list[ResidualBlock]:
         """The residual blocks, in the order of the forward pass."""
         down, up = ([block for level in levels for block in level.blocks] for levels in (self.down, self.up))
         return [*down, self.mid_block1, self.mid_block2, *up]
 
-    def _times(self, x: Tensor, t: Tensor, row: Tensor | None) -> Sequence[Tensor]:
+    def _times(self, t: Tensor, row: Tensor | None) -> Sequence[Tensor]:
         """What `ResidualBlock.forward` takes as `time`, for each of the blocks."""
         if row is None and t.stride(0) == 0:  # sampling takes all images through the same timestep
             row = self.time_rows(t[:1])[0]
-        if row is None:
-            return self.time_rows(t).split(self.blocks_out, dim=-1)
-        blocks = self._blocks()
-        take = [block.takes_bias() for block in blocks]
-        biases = [
-            b.conv1.bias if takes else row.new_zeros(b.out_channels) for b, takes in zip(blocks, take, strict=True)
-        ]
-        times = (row + torch.cat(biases)).split(self.blocks_out)
-        return [time if takes else time[None] for time, takes in zip(times, take, strict=True)]
+        return (self.time_rows(t) if row is None else row).split(self.blocks_out, dim=-1)
 
     def _check_input(self, x: Tensor, t: Tensor | float) -> Tensor:
         """Returns t as a tensor (N,) on the device of x."""
@@ -246,8 +242,33 @@ class UNet(nn.Module):
         return t
 
 
-def _through(block: ResidualBlock, attention: nn.Module, time: Tensor, *parts: Tensor) -> Tensor:
-    return attention(block(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), time))
+def _through(
+    block: ResidualBlock, attention: nn.Module, h: DeferredSum, time: Tensor, skip: Tensor | None = None
+) -> tuple[DeferredSum, Tensor]:
+    """(what follows from h, h as a tensor). Modules that were replaced or have hooks are called with tensors."""
+    if unhooked(block, ResidualBlock):
+        h, before = block.deferred(h, time, skip)
+    else:
+        before = h.tensor()
+        h = DeferredSum(block(before if skip is None else torch.cat([before, skip], dim=1), time))
+    if unhooked(attention, Attention):
+        h = attention.deferred(h)
+    elif not unhooked(attention, nn.Identity):
+        h = DeferredSum(attention(h.tensor()))
+    return h, before
+
+
+def _checkpointed(block, attention, h, time, skip=None):
+    """As `_through`. What is kept for the backward pass is h as a tensor."""
+    h = DeferredSum(h.tensor())
+    through, _ = checkpoint(_through, block, attention, h, time, skip, use_reentrant=False)
+    return through, h.x
+
+
+def _resampled(resample: nn.Module, h: Tensor) -> DeferredSum:
+    if unhooked(resample, type(resample)) and isinstance(resample, Downsample | Upsample):
+        return resample.deferred(h)
+    return DeferredSum(resample(h))
 
 
 class _Level(nn.Module):

@@ -4,10 +4,12 @@ __all__ = [
     "BACKENDS",
     "LOSS_TYPES",
     "ReverseStep",
+    "add_group_norm_silu",
     "backend",
     "channels_last_format",
     "fold_in",
     "group_norm_silu",
+    "group_norm_silu_of_biased",
     "normal",
     "q_sample",
     "reverse_step",
@@ -15,6 +17,7 @@ __all__ = [
     "weighted_loss",
 ]
 
+from .add_group_norm_silu import add_group_norm_silu, group_norm_silu_of_biased
 from .dispatch import BACKENDS, backend
 from .group_norm_silu import group_norm_silu
 from .layout import channels_last_format

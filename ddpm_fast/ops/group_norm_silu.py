@@ -9,7 +9,7 @@ from . import dispatch, layout, reference
 from .arguments import FLOATING, Rule, Rules
 from .transforms import by_reference_backward
 
-__all__ = ["group_norm_silu"]
+__all__ = ["group_norm_silu", "in_their_dtypes", "modulation_fits"]
 
 
 class GroupNormSiluArguments(NamedTuple):
@@ -40,16 +40,28 @@ class GroupNormSiluBackwardArguments(NamedTuple):
     silu: bool
 
 
-def _modulation_fits(x, weight, bias, groups, scale, shift) -> bool:
+def modulation_fits(x: Tensor, channels: int, scale: Tensor | None, shift: Tensor | None) -> bool:
+    """Whether scale and shift are both absent, or (N, channels), floating and on the device of x."""
     if scale is None or shift is None:
         return scale is shift
-    samples_and_channels, device = x.shape[:2], x.device
     return (
-        scale.shape == samples_and_channels == shift.shape
+        scale.shape == (x.shape[0], channels) == shift.shape
         and scale.is_floating_point()
         and shift.is_floating_point()
-        and scale.device == device == shift.device
+        and scale.device == x.device == shift.device
     )
+
+
+def in_their_dtypes(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """(weight, bias, scale, shift), dense: the first two in one dtype, x's or float32; the last two in x's."""
+    if not weight.dtype == bias.dtype == x.dtype:
+        inner = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = weight.to(inner), bias.to(inner)
+    if scale is not None and shift is not None:
+        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+    return layout.dense(weight, bias, scale, shift)
 
 
 # A network calls this op more often than all others: each rule is a plain comparison.
@@ -71,7 +83,10 @@ _RULES = Rules(
             and weight.device == x.device == bias.device
         ),
     ),
-    Rule("scale and shift (N, C) floating, both or neither, on the device of x", _modulation_fits),
+    Rule(
+        "scale and shift (N, C) floating, both or neither, on the device of x",
+        lambda x, weight, bias, groups, scale, shift: modulation_fits(x, x.shape[1], scale, shift),
+    ),
 )
 
 
@@ -106,13 +121,7 @@ def group_norm_silu(
     """
     _RULES.check(x, weight, bias, groups, scale, shift)
     x = x.contiguous(memory_format=layout.memory_format(x))
-    # The parameters share a dtype, x's or float32; scale and shift have x's.
-    if not weight.dtype == bias.dtype == x.dtype:
-        inner = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = weight.to(inner), bias.to(inner)
-    if scale is not None:
-        scale, shift = layout.dense(scale.to(x.dtype), shift.to(x.dtype))
-    weight, bias = layout.dense(weight, bias)
+    weight, bias, scale, shift = in_their_dtypes(x, weight, bias, scale, shift)
     return _op(x)(*GroupNormSiluArguments(x, weight, bias, scale, shift, groups, eps, silu))[0]
 
 

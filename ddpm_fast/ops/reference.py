@@ -7,6 +7,7 @@ called. Every function can be differentiated, any number of times and in both mo
 
 __all__ = [
     "LOSS_TYPES",
+    "add_inputs",
     "by_sample",
     "fold_in",
     "group_norm_silu",
@@ -14,6 +15,7 @@ __all__ = [
     "normal",
     "q_sample",
     "reverse_step",
+    "sum_to_bias",
     "vlb_terms",
     "weighted_loss",
     "weighted_loss_gradient",
@@ -260,8 +262,13 @@ def group_norm_silu_backward(
     shift: Tensor | None,
     groups: int,
     silu: bool,
+    grad_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, weight, bias, scale and shift, from x and the statistics alone."""
+    """The gradients of x, weight, bias, scale and shift, from x and the statistics alone.
+
+    Args:
+        grad_x: what x has of a gradient already; it is added.
+    """
     acc = _accumulator(x)
     n, c = x.shape[:2]
     ones = (1, c, *[1] * (x.ndim - 2))
@@ -287,8 +294,28 @@ def group_norm_silu_backward(
     by_group = (n, groups, c // groups)
     mean_g, mean_gx = ((factor * s).view(by_group).sum(2) / count for s in (sum_g, sum_gx))  # (N, G)
     spread = [m.repeat_interleave(c // groups, 1).view(n, *ones[1:]) for m in (mean_g, mean_gx, rstd)]
-    grad_x = spread[2] * (g * factor.reshape(n, *ones[1:]) - spread[0] - x_hat * spread[1])
-    return grad_x.to(x.dtype), sum_weight.to(weight.dtype), sum_bias.to(bias.dtype), grad_scale, grad_shift
+    of_x = spread[2] * (g * factor.reshape(n, *ones[1:]) - spread[0] - x_hat * spread[1])
+    if grad_x is not None:
+        of_x = of_x + grad_x.to(acc)
+    return of_x.to(x.dtype), sum_weight.to(weight.dtype), sum_bias.to(bias.dtype), grad_scale, grad_shift
+
+
+def add_inputs(x: Tensor, input_bias: Tensor | None, residual: Tensor | None, skip: Tensor | None) -> Tensor:
+    """cat([x + input_bias + residual, skip]) in the dtype of x; the sum is rounded once."""
+    if input_bias is not None or residual is not None:
+        total = x.to(_accumulator(x))
+        if input_bias is not None:
+            total = total + input_bias.to(total.dtype).view(-1, x.shape[1], *[1] * (x.ndim - 2))
+        if residual is not None:
+            total = total + residual.to(total.dtype)
+        x = total.to(x.dtype)
+    return x if skip is None else torch.cat([x, skip.to(x.dtype)], dim=1)
+
+
+def sum_to_bias(grad: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias, (C,) or (N, C), that was added to a tensor with this gradient."""
+    axes = [d for d in range(grad.ndim) if d != 1 and (d > 0 or bias.ndim == 1)]
+    return grad.to(_accumulator(grad)).sum(axes).to(bias.dtype) if axes else grad.to(bias.dtype)
 
 
 def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:

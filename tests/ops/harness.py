@@ -251,9 +251,17 @@ def group_norm_truth(x, weight, bias, scale, shift, groups, eps, silu):
 
 
 def group_norm_backward_truth(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu):
-    """Compared at given statistics; errors in units of the sums of what is added up."""
+    (of_x, error, _), *results = _group_norm_gradients(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu)
+    return [rounded(of_x, error, x.dtype), *results]
+
+
+def _group_norm_gradients(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu, grad_x=None):
+    """Compared at given statistics; errors in units of the sums of what is added up.
+
+    Of x: its gradient, the error before it is rounded, and the size of the terms that it consists of.
+    """
     inputs = [wide(v) for v in (grad, x, mean, rstd, weight, bias, scale, shift)]
-    grads = reference.group_norm_silu_backward(*inputs, groups, silu)
+    grads = reference.group_norm_silu_backward(*inputs, groups, silu, wide(grad_x))
     n, c = x.shape[:2]
     axes = tuple(range(2, x.ndim))
     shape = (n, c, *[1] * (x.ndim - 2))
@@ -280,7 +288,11 @@ def group_norm_backward_truth(grad, x, mean, rstd, weight, bias, scale, shift, g
     ]
     total = [(gain_nc * m).view(by_group).sum(2).repeat_interleave(c // groups, 1).view(shape) / count for m in sizes]
     x_error = rstd_c * (gain * dg + means[0] + x_hat * means[1] + 8 * EPS * (gain * g + total[0] + x_hat * total[1]))
-    results = [rounded(grads[0], x_error, x.dtype)]
+    size = rstd_c * (gain * g + total[0] + x_hat * total[1])
+    if grad_x is not None:
+        size = size + grad_x.double().abs()
+        x_error = x_error + EPS * size
+    results = [(grads[0], x_error, size)]
     factor = 1 if scale is None else 1 + scale.double().abs()
     for value, e, m in ((grads[1], sums[1], sizes[1]), (grads[2], sums[0], sizes[0])):
         error = ((e + (n + 4) * EPS * m) * factor).sum(0)
@@ -291,6 +303,32 @@ def group_norm_backward_truth(grad, x, mean, rstd, weight, bias, scale, shift, g
         results.append(rounded(grads[3], error, scale.dtype))
         results.append(rounded(grads[4], sums[0], shift.dtype))
     return results
+
+
+def add_group_norm_truth(x, input_bias, residual, skip, weight, bias, scale, shift, groups, eps, silu, keep):
+    """The sum has the bits of the reference everywhere, so that its norm can be compared with the norm of that."""
+    h = reference.add_inputs(x, input_bias, residual, skip)
+    y, *statistics = group_norm_truth(h, weight, bias, scale, shift, groups, eps, silu)
+    return [y, (h if keep else x.new_empty(0), torch.zeros(())), *statistics]
+
+
+def add_group_norm_backward_truth(
+    grad, grad_sum, x, input_bias, mean, rstd, weight, bias, scale, shift, groups, silu, kept, channels
+):
+    h = x if kept else reference.add_inputs(x, input_bias, None, None)
+    (of_h, error, size), *results = _group_norm_gradients(
+        grad, h, mean, rstd, weight, bias, scale, shift, groups, silu, grad_sum
+    )
+    parts = [rounded(of_h[:, part], error[:, part], x.dtype) for part in (slice(channels), slice(channels, None))]
+    of_bias = (x.new_empty(0), torch.zeros(()))
+    if input_bias is not None:  # added up before the gradient of x is rounded
+        axes = [d for d in range(x.ndim) if d != 1 and (d > 0 or input_bias.ndim == 1)]
+        chain = min(x[0, 0].numel(), CHAIN) + len(x) + 8
+        value, errors = of_h[:, :channels], error[:, :channels] + chain * EPS * size[:, :channels]
+        if axes:
+            value, errors = value.sum(axes), errors.sum(axes)
+        of_bias = rounded(value, errors, input_bias.dtype)
+    return [*parts, of_bias, *results]
 
 
 def normal_truth(keys, size):
@@ -310,6 +348,8 @@ TRUTHS = {
     "vlb_terms": vlb_terms_truth,
     "group_norm_silu": group_norm_truth,
     "group_norm_silu_backward": group_norm_backward_truth,
+    "add_group_norm_silu": add_group_norm_truth,
+    "add_group_norm_silu_backward": add_group_norm_backward_truth,
 }
 
 

@@ -349,6 +349,108 @@ class Simulation:
         grads = (nothing if g is None else g for g in (grad_scale, grad_shift))
         return grad_x, grad_weight, grad_bias, *grads
 
+    def add_group_norm_silu(
+        self,
+        x: Tensor,
+        input_bias: Tensor | None,
+        residual: Tensor | None,
+        skip: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = _with_channels(x, len(weight))
+        h = torch.empty_like(y) if keep else x.new_empty(0)
+        mean, rstd = torch.empty(len(x), groups), torch.empty(len(x), groups)
+        self._launch(
+            "AddGroupNormSilu",
+            x=x,
+            input_bias=input_bias,
+            residual=residual,
+            skip=skip,
+            weight=weight,
+            bias=bias,
+            scale=scale,
+            shift=shift,
+            y=y,
+            h=h if keep else None,
+            mean=mean,
+            rstd=rstd,
+            shape=shape_of(y, image=True),
+            channels=x.shape[1],
+            groups=groups,
+            eps=eps,
+            silu=silu,
+            x_type=TYPES[x.dtype],
+            parameter_type=TYPES[weight.dtype],
+            **_of_input_bias(input_bias, x),
+        )
+        return y, h, mean, rstd
+
+    def add_group_norm_silu_backward(
+        self,
+        grad: Tensor,
+        grad_sum: Tensor | None,
+        x: Tensor,
+        input_bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: int,
+        silu: bool,
+        kept: bool,
+        channels: int,
+    ) -> tuple[Tensor, ...]:
+        grad_x, grad_skip = _with_channels(x, channels), _with_channels(x, x.shape[1] - channels)
+        parameters = (input_bias, weight, bias, scale, shift)
+        grads = [None if p is None else torch.empty(p.shape, dtype=p.dtype) for p in parameters]
+        names = ("grad_input_bias", "grad_weight", "grad_bias", "grad_scale", "grad_shift")
+        self._launch(
+            "AddGroupNormSiluBackward",
+            grad=grad,
+            grad_sum=grad_sum,
+            x=x,
+            input_bias=input_bias,
+            mean=mean,
+            rstd=rstd,
+            weight=weight,
+            bias=bias,
+            scale=scale,
+            shift=shift,
+            grad_x=grad_x,
+            grad_skip=grad_skip if grad_skip.numel() else None,
+            **dict(zip(names, grads, strict=True)),
+            shape=shape_of(x, image=True),
+            channels=channels,
+            groups=groups,
+            silu=silu,
+            kept=kept,
+            x_type=TYPES[x.dtype],
+            parameter_type=TYPES[weight.dtype],
+            **_of_input_bias(input_bias, x),
+        )
+        return grad_x, grad_skip, *(x.new_empty(0) if g is None else g for g in grads)
+
+
+def _with_channels(x: Tensor, channels: int) -> Tensor:
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, memory_format=memory_format(x))
+
+
+def _of_input_bias(bias: Tensor | None, x: Tensor) -> dict[str, int]:
+    if bias is None:
+        return {"input_bias_stride": 0, "input_bias_type": TYPES[x.dtype]}
+    stride = 0 if bias.ndim == 1 else bias.stride(0) if len(bias) > 1 else bias.shape[1]
+    return {"input_bias_stride": stride, "input_bias_type": TYPES[bias.dtype]}
+
 
 @functools.cache
 def simulation(arch: int) -> Simulation:

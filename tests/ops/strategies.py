@@ -150,6 +150,61 @@ def group_norm_silu_backward(draw, most):
 
 
 @st.composite
+def additions(draw, most):
+    """(x, input_bias, residual, skip, weight, bias, scale, shift, groups) of a norm of channels-last images."""
+    x, weight, bias, scale, shift, groups = draw(
+        normalisation(most).filter(lambda drawn: drawn[0].ndim == 4).map(_channels_last)
+    )
+    n, c = x.shape[:2]
+    unit = draw(st.sampled_from([1, 8]))
+    of_skip = draw(st.integers(0, (c - 1) // unit)) * unit
+    channels = c - of_skip
+    x, skip = x[:, :channels], x[:, channels:] if of_skip else None
+    x, skip = (y if y is None else y.contiguous(memory_format=torch.channels_last) for y in (x, skip))
+    residual = data(tuple(x.shape), x.dtype, "channels last", 6) if draw(st.booleans()) else None
+    of_bias = draw(st.sampled_from([x.dtype, torch.float32]))
+    input_bias = draw(
+        st.sampled_from(
+            [
+                None,
+                data((channels,), of_bias, "contiguous", 7),
+                data((n, channels), of_bias, "contiguous", 8),
+                data((n, channels + 8), of_bias, "contiguous", 9)[:, 8:],
+            ]
+        )
+    )
+    return x, input_bias, residual, skip, weight, bias, scale, shift, groups
+
+
+def _channels_last(drawn):
+    x, *others = drawn
+    return x.contiguous(memory_format=torch.channels_last), *others
+
+
+@st.composite
+def add_group_norm_silu(draw, most):
+    x, input_bias, residual, skip, *others = draw(additions(most))
+    keep = residual is not None or skip is not None or draw(st.booleans())
+    how = (1e-5, draw(st.booleans()), keep)
+    return Case("add_group_norm_silu", (x, input_bias, residual, skip, *others, *how))
+
+
+@st.composite
+def add_group_norm_silu_backward(draw, most):
+    from ddpm_fast.ops import reference
+
+    x, input_bias, _, skip, weight, bias, scale, shift, groups = draw(additions(most))
+    channels = x.shape[1]
+    kept = skip is not None or input_bias is None or draw(st.booleans())
+    h = reference.add_inputs(x, input_bias, None, skip).contiguous(memory_format=torch.channels_last)
+    _, mean, rstd = reference.group_norm_silu(h, weight, bias, scale, shift, groups, 1e-5, True)
+    grad = data(tuple(h.shape), x.dtype, "channels last", 5)
+    grad_sum = data(tuple(h.shape), x.dtype, "channels last", 10) if kept and draw(st.booleans()) else None
+    given = (grad, grad_sum, h if kept else x, input_bias, mean, rstd, weight, bias, scale, shift)
+    return Case("add_group_norm_silu_backward", (*given, groups, draw(st.booleans()), kept, channels))
+
+
+@st.composite
 def normal(draw, most):
     return Case("normal", (make_keys(draw(st.integers(1, 4))), draw(st.integers(0, max(most // 4, 1)))))
 
@@ -172,5 +227,7 @@ STRATEGIES = {
         vlb_terms,
         group_norm_silu,
         group_norm_silu_backward,
+        add_group_norm_silu,
+        add_group_norm_silu_backward,
     )
 }

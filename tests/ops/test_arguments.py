@@ -10,6 +10,7 @@ from ddpm_fast.ops.dispatch import OPS
 WITHOUT_A_FIELD = {
     ("q_sample", "dtype"),  # a dtype of PyTorch, which the struct holds as out_type, the Type of the result
     ("weighted_loss", "with_grad"),  # whether grad, a pointer to the result, is null
+    ("add_group_norm_silu", "keep"),  # whether h is null
 }
 
 

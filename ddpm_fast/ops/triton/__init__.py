@@ -4,6 +4,7 @@ Each op is a function with the arguments of the op of its name, which come check
 A timestep that is not in the table gives NaN: a kernel here has no way to fail.
 """
 
+from .add_group_norm_silu import add_group_norm_silu, add_group_norm_silu_backward
 from .group_norm_silu import group_norm_silu, group_norm_silu_backward
 from .q_sample import q_sample
 from .random import fold_in, normal
@@ -12,6 +13,8 @@ from .vlb_terms import vlb_terms
 from .weighted_loss import weighted_loss
 
 __all__ = [
+    "add_group_norm_silu",
+    "add_group_norm_silu_backward",
     "fold_in",
     "group_norm_silu",
     "group_norm_silu_backward",
