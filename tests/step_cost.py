@@ -6,8 +6,8 @@ Each op counts with the tensors that it reads and writes, each once, except that
 Weights are left out of the bytes: they are shared by all images of a batch.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ class Costs(TorchDispatchMode):
             if args[2] is not None:
                 self.kinds["bias"] += Cost(1, 2 * written)
         elif "group_norm_silu" in name:
-            self.kinds["group norm"] += of_norm(name, args, self.of_images)
+            self.kinds["group norm"] += of_norm(name, args)
         else:
             self.kinds[name] += Cost(1, read + written)
 
@@ -89,14 +89,38 @@ class Costs(TorchDispatchMode):
         return "\n".join(f"{name:42s} {cost.launches:4d} {cost.bytes / per_image:8.2f} MiB" for name, cost in rows)
 
 
-def of_norm(name: str, args: tuple, of_images: Callable[[Any], int]) -> Cost:
-    """Of a group norm by the CUDA kernels."""
+def launches_of_norm(channels: int, own: int, plane: int, groups: int, item: int, *, backward: bool = False) -> int:
+    """Launches of a channels-last group norm by the CUDA kernels, whose plans this follows (csrc/cuda).
+
+    Args:
+        channels: of what is normalised, of which the first `own` are of x and the others of a skip connection.
+        item: bytes of an element.
+    """
+    width, each = 16 // item, channels // groups
+    unit = math.lcm(each, width)
+    vectors = range(0, unit, width)
+    fits = channels % width == own % width == 0 and all((c + width - 1) // each - c // each <= 1 for c in vectors)
+    most, least = min(-(-64 // item // unit) * unit, channels), min(32 // item, channels)
+    for held in (4,) if backward else (4, 8):
+        for block in range(most, least - 1, -unit) if fits else ():
+            columns = block // width
+            warps = -(-plane // (32 // columns * held)) if columns <= 32 else 17
+            if warps <= 16 and columns * warps <= 256:
+                return 2 if backward else 1
+    slices = -(-plane // max(16384 // channels, 1))
+    return 3 if backward or slices > 16 else 2
+
+
+def of_norm(name: str, args: tuple) -> Cost:
+    """Of the forward pass of a group norm."""
     if name == "group_norm_silu":
-        x = args[0]
-        inputs, result, groups = size(x), size(x), args[5]
-        fits = True
+        x, weight, groups = args[0], args[1], args[5]
+        added, keep = (), False
     else:
-        x, groups = args[0], args[8]
-        inputs = of_images(args[:4])
-        result = of_images(args[2:4]) and 0
-    return Cost(1, inputs + result)
+        x, _, residual, skip, weight, *_, groups, _, _, keep = args
+        added = [y for y in (residual, skip) if y is not None]
+    channels = len(weight)
+    result = size(x) * channels // x.shape[1]
+    launches = launches_of_norm(channels, x.shape[1], x[0, 0].numel(), groups, x.element_size())
+    again = 0 if launches == 1 else result  # what is normalised is read once more
+    return Cost(launches, size(x) + sum(map(size, added)) + result * (1 + keep) + again)

@@ -72,8 +72,8 @@ def ops_of(function):
 
 
 @pytest.fixture
-def step_ops(monkeypatch):
-    """The ops of the step that is captured."""
+def in_a_step(monkeypatch):
+    """A function that runs the step that is captured, and returns the mode given to it."""
     monkeypatch.setattr(cuda_graph, "capture", lambda step, device: step)
     monkeypatch.setattr(kept_graphs, "_network", lambda model: None)  # addresses, which these tensors do not have
     model = UNet.preset("ddpm-cifar10-32").eval().bfloat16()

@@ -8,7 +8,7 @@ from torch import nn
 
 from ddpm_fast import UNet
 from ddpm_fast.app.estimate import SavedActivations
-from ddpm_fast.nn import layers
+from ddpm_fast.nn import group_norm, layers
 from ddpm_fast.nn.layers import Attention, Dropout, ResidualBlock
 
 

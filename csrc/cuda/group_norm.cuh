@@ -111,12 +111,21 @@ __device__ __forceinline__ void load(const void* data, int64_t i, float (&out)[k
   for (int j = 0; j < kWidth; ++j) out[j] = to_float(v.element[j]);
 }
 
+// A vector of 16 or 32 bytes is stored 16 at a time, which the compiler does not always find out by itself.
 template <typename T, int kWidth>
-__device__ __forceinline__ void store(void* data, int64_t i, const float (&values)[kWidth]) {
-  Vector<T, kWidth> v;
+__device__ __forceinline__ void store(T* to, const Vector<T, kWidth>& v) {
+  if constexpr (sizeof(v) % 16 == 0) {
+    const size_t address = __cvta_generic_to_global(to);
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) v.element[j] = from_float<T>(values[j]);
-  *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(data) + i) = v;
+    for (size_t k = 0; k < sizeof(v) / 16; ++k) {
+      const uint4 words = reinterpret_cast<const uint4*>(&v)[k];
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+          :
+          : "l"(address + 16 * k), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w));
+    }
+  } else {
+    *reinterpret_cast<Vector<T, kWidth>*>(to) = v;
+  }
 }
 
 // kWidth values from i on, of T or float32; where there are several, they begin at a multiple of 16 bytes.
@@ -153,7 +162,7 @@ struct Summands {
     }
     set_x(g, g.channels, sample, c, pixel, true);
     if (!g.residual) return;
-    residual = static_cast<const T*>(g.residual) + (x - static_cast<const T*>(g.x));
+    residual = static_cast<const T*>(g.residual) + (sample * g.shape.plane + pixel) * stride + c;
     if (!adds) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) bias[j] = 0.0f;

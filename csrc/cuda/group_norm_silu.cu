@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
           if (k >= count) break;
-          if (g.h) *reinterpret_cast<Vector<T, kWidth>*>(h + (p - at.row + k * at.rows) * channels) = held[k];
+          if (g.h) store(h + (p - at.row + k * at.rows) * channels, held[k]);
           float x[kWidth];
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) x[j] = to_float(held[k].element[j]);
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         const float z = fmaf(x - own[j].map.mean, own[j].map.factor, own[j].map.term);
         out.element[j] = from_float<T>(g.silu ? z * sigmoid(z) : z);
       }
-      *reinterpret_cast<Vector<T, kWidth>*>(to + offset(k)) = out;
+      store(to + offset(k), out);
     }
   });
 }
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   if (g.h) {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k)
-      if (k < at.count) *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(g.h) + first + k * step) = held[k];
+      if (k < at.count) store(static_cast<T*>(g.h) + first + k * step, held[k]);
   }
 
   float sums[kWidth] = {}, squares[kWidth] = {};
@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       const float z = fmaf(difference, factor[j], term[j]);
       held[k].element[j] = from_float<T>(g.silu ? z * sigmoid(z) : z);
     }
-    *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(g.y) + first + k * step) = held[k];
+    store(static_cast<T*>(g.y) + first + k * step, held[k]);
   }
 }
 

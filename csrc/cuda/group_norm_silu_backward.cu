@@ -76,16 +76,20 @@ __device__ __forceinline__ float through_silu(float grad, float difference, floa
   return grad * s * fmaf(z, 1.0f - s, 1.0f);
 }
 
-// Where the gradient of h's channel c goes, of one pixel in a channels-last tensor, and how far apart pixels are there.
+// Where the gradient of h goes, from a channel and pixel of a channels-last sample on, and how far apart pixels are.
+template <typename T>
 struct Target {
-  void* data;
-  int64_t index, stride;
+  T* data;
+  int stride;
 };
 
-__device__ __forceinline__ Target target_of(const AddGroupNormSiluBackward& g, int64_t sample, int64_t c) {
-  const int64_t others = g.shape.channels - g.channels;
-  if (c < g.channels) return {g.grad_x, sample * g.shape.plane * g.channels + c, g.channels};
-  return {g.grad_skip, sample * g.shape.plane * others + c - g.channels, others};
+template <typename T>
+__device__ __forceinline__ Target<T> target_of(
+    const AddGroupNormSiluBackward& g, int64_t sample, int64_t c, int64_t pixel) {
+  const bool own = c < g.channels;
+  const int64_t stride = own ? g.channels : g.shape.channels - g.channels;
+  T* data = static_cast<T*>(own ? g.grad_x : g.grad_skip);
+  return {data + (sample * g.shape.plane + pixel) * stride + (own ? c : c - g.channels), static_cast<int>(stride)};
 }
 
 // Adds up what the rows of a block have for each channel: of_thread[lane][thread].
@@ -336,10 +340,10 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   __syncthreads();
   const int64_t channels = g.shape.channels, plane = g.shape.plane, start = sample * size_of(g.shape);
   for_vectors<kPlanar, kWidth>(g.shape, part, gradient_maps, [&](const Run& run, const GradientMap(&own)[kWidth]) {
-    const Target target =
-        kPlanar ? Target{g.grad_x, start + run.channel * plane, 1} : target_of(g, sample, run.channel);
-#pragma unroll
-    for (int half = 0; half < kInFlight; half += kCount) {
+    Target<T> target{static_cast<T*>(g.grad_x) + start + run.channel * plane + run.pixel, 1};
+    if constexpr (!kPlanar) target = target_of<T>(g, sample, run.channel, run.pixel);
+#pragma unroll 1
+    for (int half = 0; half < run.count; half += kCount) {
       Vector<T, kWidth> held[kCount], grads[kCount], more[kCount];
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
@@ -352,7 +356,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         if (half + k >= run.count) continue;
-        float out[kWidth];
+        Vector<T, kWidth> out;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           float x = to_float(held[k].element[j]);
@@ -360,10 +364,11 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
           const Map& map = own[j].map;
           const float difference = x - map.mean;
           const float inner = through_silu(to_float(grads[k].element[j]), difference, map.factor, map.term, g.silu);
-          out[j] = fmaf(-own[j].slope, difference, fmaf(map.factor, inner, -own[j].mean_g));
-          if (g.grad_sum) out[j] += to_float(more[k].element[j]);
+          float value = fmaf(-own[j].slope, difference, fmaf(map.factor, inner, -own[j].mean_g));
+          if (g.grad_sum) value += to_float(more[k].element[j]);
+          out.element[j] = from_float<T>(value);
         }
-        store<T>(target.data, target.index + (run.pixel + (half + k) * run.step) * target.stride, out);
+        store(target.data + (half + k) * run.step * target.stride, out);
       }
     }
   });
@@ -410,7 +415,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int64_t first = (sample * g.shape.plane + at.pixel) * channels + at.channel;
   summands.read(static_cast<const T*>(g.grad) + first, at.count, at.step, grad);
   summands.load(at.count, at.step, x);
-  convert_again(x);
+  convert_again(x), convert_again(grad);
   float mean[2], rstd[2];
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
@@ -467,22 +472,24 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
   Vector<T, kWidth> more[kHeld];
   if (g.grad_sum) summands.read(static_cast<const T*>(g.grad_sum) + first, at.count, at.step, more);
-  const Target target = target_of(g, sample, at.channel);
+  const Target<T> target = target_of<T>(g, sample, at.channel, at.pixel);
   float of_bias[1][kWidth] = {};
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     if (k >= at.count) break;
-    float out[kWidth];
+    Vector<T, kWidth> out;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const bool one = j < at.split;
       const float difference = to_float(x[k].element[j]) - (one ? mean[0] : mean[1]);
       const float inner = through_silu(to_float(grad[k].element[j]), difference, factor[j], term[j], g.silu);
-      out[j] = fmaf(one ? -slope[0] : -slope[1], difference, fmaf(factor[j], inner, one ? -offset[0] : -offset[1]));
-      if (g.grad_sum) out[j] += to_float(more[k].element[j]);
-      of_bias[0][j] += out[j];
+      float value = fmaf(factor[j], inner, one ? -offset[0] : -offset[1]);
+      value = fmaf(one ? -slope[0] : -slope[1], difference, value);
+      if (g.grad_sum) value += to_float(more[k].element[j]);
+      of_bias[0][j] += value;
+      out.element[j] = from_float<T>(value);
     }
-    store<T>(target.data, target.index + static_cast<int64_t>(at.pixel + k * at.step) * target.stride, out);
+    store(target.data + k * at.step * target.stride, out);
   }
   if (!g.input_bias) return;
   sum_channels(slab, at, of_bias, slab_sums, of_channel);

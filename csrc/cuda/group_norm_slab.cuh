@@ -107,8 +107,8 @@ cudaError_t with_held(int held, const F& f) {
 }
 
 // Sums over the block for each of its groups. own[0] is of the thread's first group, own[1] of the next one; on return
-// both are those of the whole block. `shared` has room for 2 floats for each group, and after them for 2 kValues for each
-// column and warp: the results of one call may still be read when the next one begins.
+// both are those of the whole block. `shared` has room for 2 floats for each group, and after them for 2 kValues for
+// each column and warp: the results of one call may still be read when the next one begins.
 template <int kValues>
 __device__ __forceinline__ void sum_groups(
     const Slab& slab, const SlabSeat& at, int width, float (&own)[2][kValues], float* totals) {

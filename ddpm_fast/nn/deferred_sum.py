@@ -4,11 +4,12 @@ A convolution's bias, a residual and a skip connection are each a pass over memo
 adds them while it reads its input, so that they cost nothing. On a CPU the convolution adds them.
 """
 
-__all__ = ["DeferredSum", "convolved", "normalised", "normalised_alone"]
+__all__ = ["DeferredSum", "convolved", "normalised", "normalised_alone", "pointwise"]
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -54,6 +55,13 @@ def convolved(
     if fuses(x) or (bias is not None and bias.dim() == 2):
         return DeferredSum(conv(x, biased=False), bias, plus)
     return DeferredSum(conv(x, bias=bias, plus=plus, overwrite=overwrite))
+
+
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x) of a convolution of 1 x 1; on a GPU as a product, to which cuBLAS adds the bias in the same launch."""
+    if not (fuses(x) and unhooked(conv, Conv2d)):
+        return conv(x)
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 def normalised(norm: nn.Module, x: DeferredSum, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.layout import eager_on_cpu
-from .deferred_sum import DeferredSum, convolved, normalised, normalised_alone
+from .deferred_sum import DeferredSum, convolved, normalised, normalised_alone, pointwise
 from .group_norm import GroupNorm, recomputed, unhooked
 from .packed_weights import Conv2d, Linear
 
@@ -103,7 +103,7 @@ class ResidualBlock(nn.Module):
         with recomputed(self.norm1, x, y):
             h = convolved(self.conv1, y, bias=time) if self.takes_bias() else DeferredSum(self.conv1(y), time)
         y, h = normalised_alone(self.norm2, h)
-        shortcut = self.shortcut(x)
+        shortcut = pointwise(self.shortcut, x)
         new = unhooked(self.shortcut, Conv2d)  # and nobody else has it
         with recomputed(self.norm2, h.x, y, h.bias):
             return convolved(self.conv2, self.dropout(y), plus=shortcut, overwrite=new), x
