@@ -236,18 +236,14 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   if (threadIdx.x % kWarp == 0) write_statistics<T>(g, plan, sample, group, total, m);
 }
 
-struct OutputMap {
-  Map map;
-  float bias;  // of the input
-};
-
 template <typename T, int kWidth, bool kPlanar>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     output_kernel(const __grid_constant__ AddGroupNormSilu g, const __grid_constant__ NormPlan plan) {
-  extern __shared__ OutputMap maps[];
+  extern __shared__ Map maps[];
   const int64_t sample = sample_of_block();
   if (sample >= g.shape.samples) return;
   const Part part = part_of_block(g.shape, plan.output);
+  auto* biases = reinterpret_cast<float*>(maps + part.channels);  // of the input, where there are
   if (plan.statistics.count > 1 && plan.statistics.count <= kFewSlices) {
     // Each block joins the slices itself, and keeps the result for the backward pass: they all write the same.
     const auto each = static_cast<uint32_t>(plan.group_channels);
@@ -263,14 +259,14 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   for (int64_t i = threadIdx.x; i < part.channels; i += kNormThreads) {
     const int64_t c = part.first_channel + i;
     float rstd;
-    maps[i].map = map_of(g, plan.group_channels, sample, c, rstd);
-    maps[i].bias = g.input_bias ? load_as(g.input_bias, g.input_bias_type, sample * g.input_bias_stride + c) : 0.0f;
+    maps[i] = map_of(g, plan.group_channels, sample, c, rstd);
+    if (g.input_bias) biases[i] = load_as(g.input_bias, g.input_bias_type, sample * g.input_bias_stride + c);
   }
   __syncthreads();
 
   const T* from = static_cast<const T*>(g.x) + sample * size_of(g.shape);
   T* to = static_cast<T*>(g.y) + sample * size_of(g.shape);
-  for_vectors<kPlanar, kWidth>(g.shape, part, maps, [&](const Run& run, const OutputMap(&own)[kWidth]) {
+  for_vectors<kPlanar, kWidth>(g.shape, part, maps, [&](const Run& run, const Map(&own)[kWidth]) {
     Vector<T, kWidth> held[kInFlight];
     const auto offset = [&](int k) { return run.offset<kPlanar>(g.shape.channels, g.shape.plane, k); };
 #pragma unroll
@@ -283,8 +279,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         float x = to_float(held[k].element[j]);
-        if (g.input_bias) x = to_float(from_float<T>(x + own[j].bias));
-        const float z = fmaf(x - own[j].map.mean, own[j].map.factor, own[j].map.term);
+        if (g.input_bias) x = to_float(from_float<T>(x + biases[run.channel + j]));
+        const float z = fmaf(x - own[j].mean, own[j].factor, own[j].term);
         out.element[j] = from_float<T>(g.silu ? z * sigmoid(z) : z);
       }
       store(to + offset(k), out);
@@ -428,7 +424,7 @@ static cudaError_t launch_norm(const AddGroupNormSilu& g, cudaStream_t stream) {
     added.x = g.h, added.channels = g.shape.channels;
     added.input_bias = added.residual = added.skip = nullptr;
   }
-  const size_t shared = plan.output.channels * sizeof(OutputMap);
+  const size_t shared = plan.output.channels * (sizeof(Map) + sizeof(float));
   if (const auto error = allow_shared(output_kernel<T, kWidth, kPlanar>, shared)) return error;
   output_kernel<T, kWidth, kPlanar>
       <<<grid_of_slices(plan.output.count, samples), kNormThreads, shared, stream>>>(added, plan);

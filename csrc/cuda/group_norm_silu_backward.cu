@@ -309,7 +309,6 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 struct GradientMap {
   Map map;
   float mean_g, slope;  // grad_x = factor g - mean_g - slope (x - mean)
-  float bias;           // of the input
 };
 
 // The first blocks of each sample write the gradient of x; after those of the first sample come the ones that join
@@ -328,14 +327,15 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
   const Part part = part_of_block(g.shape, plan.output);
   const bool adds = g.input_bias && !g.kept;
+  auto* biases = reinterpret_cast<float*>(gradient_maps + part.channels);  // of the input, if `adds`
   for (int64_t i = threadIdx.x; i < part.channels; i += kNormThreads) {
     const int64_t c = part.first_channel + i;
     float rstd;
     const Map map = map_of(g, plan.group_channels, sample, c, rstd);
     const Sums mean =
         plan.of_group[sample * g.groups + static_cast<uint32_t>(c) / static_cast<uint32_t>(plan.group_channels)];
-    const float bias = adds ? load_as(g.input_bias, g.input_bias_type, sample * g.input_bias_stride + c) : 0.0f;
-    gradient_maps[i] = {map, rstd * mean.g, rstd * rstd * mean.gx, bias};
+    gradient_maps[i] = {map, rstd * mean.g, rstd * rstd * mean.gx};
+    if (adds) biases[i] = load_as(g.input_bias, g.input_bias_type, sample * g.input_bias_stride + c);
   }
   __syncthreads();
   const int64_t channels = g.shape.channels, plane = g.shape.plane, start = sample * size_of(g.shape);
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           float x = to_float(held[k].element[j]);
-          if (adds) x = to_float(from_float<T>(x + own[j].bias));
+          if (adds) x = to_float(from_float<T>(x + biases[run.channel + j]));
           const Map& map = own[j].map;
           const float difference = x - map.mean;
           const float inner = through_silu(to_float(grads[k].element[j]), difference, map.factor, map.term, g.silu);
@@ -521,7 +521,7 @@ static cudaError_t launch_backward(const AddGroupNormSiluBackward& g, const Back
     kernel<<<grid_of_slices(plan.sums.count, samples), kNormThreads, 0, stream>>>(g, plan);
   }
   join_slices_kernel<<<grid_of_slices(divide_up(g.groups, warps), samples), kNormThreads, 0, stream>>>(g, plan);
-  const size_t shared = plan.output.channels * sizeof(GradientMap);
+  const size_t shared = plan.output.channels * (sizeof(GradientMap) + sizeof(float));
   if (const auto error = allow_shared(gradient_kernel<T, kWidth, kPlanar>, shared)) return error;
   const int64_t blocks = plan.output.count + divide_up(g.shape.channels, kWarp);
   gradient_kernel<T, kWidth, kPlanar><<<grid_of_slices(blocks, samples), kNormThreads, shared, stream>>>(g, plan);

@@ -11,6 +11,7 @@ from cuda_kernels.inputs import BF16, F16, F32, N, images, make_keys
 from harness import targets
 from ptxsim import static, toolchain
 from simulated_cuda import ROOT, simulation
+from step_cost import launches_of_norm
 
 pytestmark = pytest.mark.skipif(not toolchain.has_tool("nvcc"), reason="no nvcc")
 
@@ -62,10 +63,10 @@ def test_each_op_reads_and_writes_what_it_must_and_no_more(wide, narrow, layout)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_group_norm_silu_reads_x_twice_and_little_else(dtype, layout):
+@pytest.mark.parametrize(("size", "layout"), [(48, torch.channels_last), (32, torch.contiguous_format)])
+def test_group_norm_silu_of_large_planes_reads_x_twice_and_little_else(dtype, size, layout):
     cuda = simulation(architectures.chosen[0])
-    x = images(2, 64, 32, 32, layout=layout, dtype=dtype)
+    x = images(2, 64, size, size, layout=layout, dtype=dtype)
     weight, bias, grad = torch.ones(64), torch.ones(64), torch.randn_like(x)
     y, mean, rstd = cuda.group_norm_silu(x, weight, bias, None, None, 8, 1e-5, True)
     assert len(cuda.launches) == 2
@@ -79,6 +80,43 @@ def test_group_norm_silu_reads_x_twice_and_little_else(dtype, layout):
     written = sum(launch.unique_stored_bytes for launch in cuda.launches)
     assert 4 * memory_of(x) <= read <= 4.1 * memory_of(x)
     assert memory_of(x) <= written <= 1.1 * memory_of(x)
+
+
+# Of the U-Net for CIFAR-10: (channels of x, of a skip connection, H = W), with 32 groups.
+NORMS = [(128, 0, 32), (128, 128, 32), (256, 128, 32), (256, 0, 16), (256, 128, 16), (256, 256, 16), (256, 256, 8)]
+NORMS += [(256, 0, 4), (256, 256, 4)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("own", "others", "size"), NORMS, ids=map(str, NORMS))
+def test_a_norm_of_the_network_reads_and_writes_everything_once(own, others, size, dtype):
+    """Unless it is too large for one launch, as step_cost.py has it, after which the network's costs are counted."""
+    cuda = simulation(architectures.chosen[0])
+    channels = own + others
+    x, residual = images(1, own, size, size, dtype=dtype), images(1, own, size, size, dtype=dtype)
+    skip = images(1, others, size, size, dtype=dtype) if others else None
+    weight, bias, input_bias = torch.ones(channels), torch.ones(channels), torch.ones(own)
+    y, h, mean, rstd = cuda.add_group_norm_silu(
+        x, input_bias, residual, skip, weight, bias, None, None, 32, 1e-5, True, True
+    )
+    inputs = [v for v in (x, residual, skip) if v is not None]
+    count = launches_of_norm(channels, own, size**2, 32, x.element_size())
+    assert len(cuda.launches) == count
+    small = 2**14  # parameters and statistics
+    read = sum(launch.unique_loaded_bytes for launch in cuda.launches)
+    again = memory_of(h) if count > 1 else 0
+    assert memory_of(*inputs) <= read - again <= memory_of(*inputs) + small * count
+    assert sum(launch.unique_stored_bytes for launch in cuda.launches) <= memory_of(y, h) + small
+
+    grad, grad_sum = torch.randn_like(y), torch.randn_like(y)
+    given = (grad, grad_sum, h, input_bias, mean, rstd, weight, bias)
+    cuda.add_group_norm_silu_backward(*given, None, None, 32, True, True, own)
+    count = launches_of_norm(channels, own, size**2, 32, x.element_size(), backward=True)
+    assert len(cuda.launches) == count
+    if count == 2:
+        read = sum(launch.unique_loaded_bytes for launch in cuda.launches)
+        assert memory_of(grad, grad_sum, h) <= read <= memory_of(grad, grad_sum, h) + 2 * small
+        assert sum(launch.unique_stored_bytes for launch in cuda.launches) <= memory_of(h) + 2 * small
 
 
 def test_launches_fill_the_machine_and_keep_to_its_limits():
