@@ -182,6 +182,25 @@ def test_a_sample_has_the_same_bits_in_any_batch_and_at_any_address(layout):
         assert torch.equal(actual, expected[2:3])
 
 
+@pytest.mark.parametrize("layout", ["channels last", "contiguous"])
+def test_every_op_has_the_same_bits_in_every_order_of_blocks_and_warps(layout, monkeypatch):
+    arch = architectures.chosen[0]
+    runner, host = Runner("cuda", simulated_cuda(arch), simulated=True), simulation(arch).host
+    cases = [
+        *elementwise((2, 3, 70, 66), F32, BF16, layout),
+        *norms((2, 64, 33, 32), 32, BF16, F32, layout),  # a few slices
+        *norms((1, 128, 64, 34), 4, BF16, BF16, layout),  # slices that a kernel of its own joins
+    ]
+    for case in cases:
+        expected = [result.clone() for result in runner.call(case.op, case.arguments)]
+        assert host.launches[0].blocks > 1
+        for seed in range(3):
+            with monkeypatch.context() as patch:
+                patch.setitem(host.launch_options, "order_seed", seed)
+                results = runner.call(case.op, case.arguments)
+            assert all(map(torch.equal, results, expected)), f"{case}, order {seed}"
+
+
 # Nothing, and what must not be
 
 

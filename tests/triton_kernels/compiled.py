@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ptxsim
 import ptxsim.triton
@@ -31,8 +31,11 @@ def _report(ptx: str) -> static.KernelReport:
 
 
 @contextlib.contextmanager
-def simulated(cc: int) -> Iterator[list[Launched]]:
-    """The public functions run as Triton's kernels for a GPU of compute capability cc / 10; gives the launches."""
+def simulated(cc: int, **launch_options: Any) -> Iterator[list[Launched]]:
+    """The public functions run as Triton's kernels for a GPU of compute capability cc / 10; gives the launches.
+
+    launch_options: of ptxsim's `Module.launch`.
+    """
     launched = []
     original = ptxsim.triton._Launcher.__call__
 
@@ -41,7 +44,7 @@ def simulated(cc: int) -> Iterator[list[Launched]]:
         ptx = ptxsim.triton._ptx_of_kernel[self.metadata.hash]
         launched.append(Launched(launches[-1], ptx, self.metadata.shared, self.metadata.num_warps))
 
-    with ptxsim.triton.simulate(cc=cc) as launches, ops.backend("triton"):
+    with ptxsim.triton.simulate(cc=cc, **launch_options) as launches, ops.backend("triton"):
         dispatch.triton_fault("cpu")  # launches a kernel when it is called first
         ptxsim.triton._Launcher.__call__ = launch
         try:

@@ -97,23 +97,44 @@ def test_importing_the_package_does_not_import_triton():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_sample_has_the_same_bits_in_any_batch_and_in_every_run(layout):
-    """Also where its sums are made of several parts."""
+def every_op(layout):
+    """A function that calls each op on some of three samples, whose sums are made of several parts."""
     x, pred, grad = (images(3, 12, 56, 56, layout=layout) for _ in range(3))
     keys, t, rows, op = make_keys(3), torch.tensor([2, 0, 1]), torch.rand(3, 6), torch.ops.ddpm_fast_triton
     weight = torch.randn(12)
 
-    def results(rows_of):
-        x_, pred_, grad_, keys_, t_ = (y[rows_of] for y in (x, pred, grad, keys, t))
+    def results(samples=slice(None)):
+        x_, pred_, grad_, keys_, t_ = (y[samples] for y in (x, pred, grad, keys, t))
+        x_next = torch.empty_like(x_)
+        op.reverse_step(x_, pred_, None, keys_[None], None, None, None, t_, rows, -1.0, 1.0, x_next, None, None)
         y, mean, rstd = op.group_norm_silu(x_, weight, weight, None, None, 1, 1e-5, True)
-        gradient = op.group_norm_silu_backward(grad_, x_, mean, rstd, weight, weight, None, None, 1, True)[0]
+        gradients = op.group_norm_silu_backward(grad_, x_, mean, rstd, weight, weight, None, None, 1, True)
         loss = op.weighted_loss(pred_, x_, None, keys_, t_, rows[:, :3].contiguous(), None, 2, 1.0, True)
-        return *loss, op.vlb_terms(x_, x_, pred_, None, t_, rows, -1.0, 1.0), y, mean, rstd, gradient
+        x_t = op.q_sample(x_, None, keys_, t_, rows[:, :2].contiguous(), BF16)
+        bound = op.vlb_terms(x_, x_, pred_, None, t_, rows, -1.0, 1.0)
+        return (x_t, *loss, x_next, bound, y, mean, rstd, gradients[0]), gradients[1:3]
 
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_sample_has_the_same_bits_in_any_batch_and_in_every_run(layout):
+    results = every_op(layout)
     with simulated(90) as launched:
-        together, again, alone = results(slice(None)), results(slice(None)), results(slice(1, 2))
+        (together, sums), (again, sums_again), (alone, _) = results(), results(), results(slice(1, 2))
     assert {"_add_parts", "_merge"} <= {one.stats.kernel for one in launched}
+    assert all(map(torch.equal, sums, sums_again))
     for first, second, third in zip(together, again, alone, strict=True):
         assert torch.equal(first, second)
         assert torch.equal(first[1:2], third)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_op_has_the_same_bits_in_every_order_of_blocks_and_warps(layout):
+    results = every_op(layout)
+    with simulated(90):
+        expected, sums = results()
+    for seed in range(3):
+        with simulated(90, order_seed=seed):
+            again, sums_again = results()
+        assert all(map(torch.equal, (*again, *sums_again), (*expected, *sums))), f"order {seed}"
