@@ -22,9 +22,11 @@ BUDGETS = Path(__file__).with_name("budgets.toml")
 HEADER = """\
 # What each kernel uses: registers, spilled bytes, 128-bit loads and stores, bytes of static shared memory, and SASS
 # instructions, all that there are (of every branch) and that number for each element of a thread's tile.
+# in_flight: global loads that are issued before a register that one of them writes is used, in the inner loop with the
+# widest loads. Where barriers part such loops, that of the part with the fewest; without loops, of the whole kernel.
 # Written by `pytest --update-budgets`; tests fail where a number has become worse.
 """
-MORE_IS_BETTER = ("loads_128", "stores_128")
+MORE_IS_BETTER = ("loads_128", "stores_128", "in_flight")
 
 Row = Mapping[str, float]
 
@@ -37,6 +39,7 @@ def measure(report: static.KernelReport, elements: int | None = None) -> Row:
         "spills": report.spill_store_bytes + report.spill_load_bytes + report.local_array_bytes,
         "loads_128": report.wide_loads,
         "stores_128": report.wide_stores,
+        "in_flight": report.loads_in_flight,
         "shared": report.shared_bytes,
         "instructions": report.instructions.total() - padding,
     }
@@ -63,14 +66,16 @@ def settle(section: str, rows: Mapping[str, Mapping[str, Row]], *, update: bool)
     measured_with = known.pop("tools", None)
     if section == "triton" and measured_with["triton"] != tools()["triton"]:
         pytest.skip(f"the budgets are those of Triton {measured_with['triton']}")
-    # Other assemblers allocate otherwise: a tenth more is then not this code's doing.
-    slack = 1.0 if measured_with == tools() else 1.1
+    # Other assemblers allocate and order otherwise: a tenth more, or another distance from loads to their use, is then
+    # not this code's doing.
+    same_tools = measured_with == tools()
+    slack, ignored = (1.0, ()) if same_tools else (1.1, ("in_flight",))
     worse = [f"{name} is not in the file" for name in rows.keys() - known.keys()]
     worse += [f"{name} is no more" for name in known.keys() - rows.keys()]
     for name in rows.keys() & known.keys():
         for arch in rows[name]:
             budget, row = known[name].get(arch, {}), rows[name].get(arch, {})
-            for what in budget.keys() | row.keys():
+            for what in (budget.keys() | row.keys()).difference(ignored):
                 old, new = budget.get(what), row.get(what)
                 if None in (old, new) or (new < old if what in MORE_IS_BETTER else new > old * slack):
                     worse.append(f"{name} {arch}: {what} was {old} and is {new}")
