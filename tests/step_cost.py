@@ -38,6 +38,13 @@ def size(x: Tensor) -> int:
     return count * x.element_size()
 
 
+def as_on_a_gpu(name: str, args: tuple, result: Any) -> Any:
+    """The result of an op in cuDNN's memory format, which tensors that claim to be on a GPU do not know of."""
+    if "conv" in name and args[0].is_contiguous(memory_format=torch.channels_last):
+        return result.contiguous(memory_format=torch.channels_last)
+    return result
+
+
 class Costs(TorchDispatchMode):
     """Sums up by kind of op what is called within it.
 
@@ -54,8 +61,7 @@ class Costs(TorchDispatchMode):
         kwargs = kwargs or {}
         result = op(*args, **kwargs)
         name = op._schema.name.partition("::")[2]
-        if "conv" in name and args[0].is_contiguous(memory_format=torch.channels_last):  # as cuDNN has it
-            result = result.contiguous(memory_format=torch.channels_last)
+        result = as_on_a_gpu(name, args, result)
         given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
         made = [x for x in tensors(result) if x.untyped_storage()._cdata not in given]
         if made or op._schema.is_mutable:

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from step_cost import MIB, Costs
+from step_cost import MIB, Costs, as_on_a_gpu, tensors
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ddpm_fast import GaussianDiffusion, UNet, cuda_graph, kept_graphs
 from ddpm_fast.noise import NoiseSource
@@ -16,10 +15,6 @@ from ddpm_fast.sampling_run import SamplingRun
 N, STEPS = 8, 1000
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch was built without CUDA")
-
-
-def tensors(values):
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
 class Ops(TorchDispatchMode):
@@ -33,7 +28,7 @@ class Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = op(*args, **kwargs)
+        result = as_on_a_gpu(str(op), args, op(*args, **kwargs))
         given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
         made = [x for x in tensors(result) if x.untyped_storage()._cdata not in given]
         if made or op._schema.is_mutable:
@@ -122,7 +117,7 @@ def test_a_step_never_waits_for_the_device_or_sends_it_anything(in_a_step):
 def test_a_step_calls_less_than_half_as_many_ops_as_diffusers(in_a_step):
     ours, theirs = in_a_step(Ops()), of_diffusers(Ops())
     print(f"ops of a step: {len(ours.computing)}; of diffusers' network alone: {len(theirs.computing)}")
-    assert len(ours.computing) <= 394 / 2
+    assert len(ours.computing) < len(theirs.computing) / 2
 
 
 def test_a_step_takes_at_most_180_launches_and_moves_at_most_48_mib_an_image(in_a_step):

@@ -35,11 +35,21 @@ def arguments(op: str, dtype=torch.float32, layout="channels last", device="cpu"
             (tensor(0), tensor(1, (c,)), tensor(2, (c,)), 2),
             {"scale": tensor(3, (n, c)), "shift": tensor(4, (n, c))},
         ),
+        "add_group_norm_silu": (
+            (tensor(0), tensor(1, (c + 2,)), tensor(2, (c + 2,)), 2),
+            {
+                "scale": tensor(3, (n, c + 2)),
+                "shift": tensor(4, (n, c + 2)),
+                "input_bias": tensor(5, (n, c)),
+                "residual": tensor(6),
+                "skip": tensor(7, (n, 2, *SHAPE[2:])),
+            },
+        ),
     }
     return calls[op]
 
 
-OPS = ("q_sample", "weighted_loss", "reverse_step", "vlb_terms", "group_norm_silu")
+OPS = ("q_sample", "weighted_loss", "reverse_step", "vlb_terms", "group_norm_silu", "add_group_norm_silu")
 # What each op can be differentiated by, in the order of `leaves`.
 DIFFERENTIABLE = {
     "q_sample": (0,),
@@ -47,12 +57,15 @@ DIFFERENTIABLE = {
     "reverse_step": (0, 1, "x_start_prev", "variance"),
     "vlb_terms": (1, 2, "variance"),
     "group_norm_silu": (0, 1, 2, "scale", "shift"),
+    "add_group_norm_silu": (0, 1, 2, "scale", "shift", "input_bias", "residual", "skip"),
 }
 
 
 def call(op: str, args: tuple, kwargs: dict) -> torch.Tensor:
-    """The op's one differentiable result."""
+    """The op's differentiable result, or the sum of both."""
     result = getattr(ops, op)(*args, **kwargs)
+    if isinstance(result, tuple) and not isinstance(result, ops.ReverseStep):
+        return result[0] + 0.5 * result[1]
     return result.x if isinstance(result, ops.ReverseStep) else result
 
 

@@ -22,6 +22,9 @@ def big(op):
         "group_norm_silu": lambda: torch.autograd.grad(
             ops.group_norm_silu(x, learned, learned, 1).sum() * 3, learned, retain_graph=True
         )[0],
+        "add_group_norm_silu": lambda: torch.autograd.grad(
+            ops.add_group_norm_silu(x, learned, learned, 1, residual=y)[0].sum() * 3, learned, retain_graph=True
+        )[0],
     }[op]
 
 

@@ -16,6 +16,7 @@ def fresh_compiler():
 
 
 TENSORS_THAT_LEARN = {"q_sample": (0, 1), "weighted_loss": (0,), "vlb_terms": (1, 2), "group_norm_silu": (0, 1, 2)}
+TENSORS_THAT_LEARN["add_group_norm_silu"] = (0, 1, 2, 3, 4, 5)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck itself looks at it

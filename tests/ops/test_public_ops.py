@@ -175,6 +175,15 @@ WRONG = {
         "groups": [3, 0],
         "scale": [None, torch.zeros(4)],
     },
+    "add_group_norm_silu": {
+        "x": [torch.zeros(3), torch.zeros(3, 4, 6, 5, dtype=torch.int32)],
+        "weight": [torch.zeros(4)],
+        "groups": [4, 0],
+        "scale": [None, torch.zeros(3, 4)],
+        "input_bias": [torch.zeros(6), torch.zeros(2, 4), torch.zeros(4, dtype=torch.int64)],
+        "residual": [torch.zeros(3, 6, 6, 5), torch.zeros(3, 4, 6, 5, dtype=torch.int32)],
+        "skip": [torch.zeros(3, 3, 6, 5), torch.zeros(3, 2, 5, 5), torch.zeros(3, 2, 30)],
+    },
 }
 POSITIONAL = {
     "q_sample": ("x_start", "t", "rows"),
@@ -182,6 +191,7 @@ POSITIONAL = {
     "reverse_step": ("x", "pred", "step", "rows"),
     "vlb_terms": ("x_start", "x_t", "pred", "t", "rows"),
     "group_norm_silu": ("x", "weight", "bias", "groups"),
+    "add_group_norm_silu": ("x", "weight", "bias", "groups"),
 }
 
 
