@@ -1,9 +1,8 @@
-"""What a step costs a GPU, counted on tensors that claim to be there: launches, and bytes that are read and written.
+"""What a step costs a GPU, counted on tensors that claim to be there: launches, bytes and floating-point operations.
 
 Each op counts with the tensors that it reads and writes, each once, except that:
 - a convolution with a bias is two launches, since ATen adds the bias to the result of cuDNN afterwards;
 - ddpm_fast's group norms take the launches and passes of the CUDA kernels' plan, see `of_norm`.
-Weights are left out of the bytes: they are shared by all images of a batch.
 """
 
 import math
@@ -18,12 +17,18 @@ from torch.utils._pytree import tree_leaves
 MIB = 2**20
 
 
-class Cost(NamedTuple):
-    launches: int = 0
-    bytes: int = 0
+class Launch(NamedTuple):
+    """
+    Attributes:
+        bytes: of images, read and written.
+        weights: bytes of everything else, which does not grow with the batch.
+        flops: of convolutions and products.
+    """
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.launches + other.launches, self.bytes + other.bytes)
+    kind: str
+    bytes: int
+    weights: int = 0
+    flops: int = 0
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -46,7 +51,7 @@ def as_on_a_gpu(name: str, args: tuple, result: Any) -> Any:
 
 
 class Costs(TorchDispatchMode):
-    """Sums up by kind of op what is called within it.
+    """Collects the launches of what is called within it.
 
     Args:
         samples: tensors whose first dimension is another one are weights, tables or numbers.
@@ -55,7 +60,7 @@ class Costs(TorchDispatchMode):
     def __init__(self, samples: int) -> None:
         super().__init__()
         self.samples = samples
-        self.kinds: dict[str, Cost] = defaultdict(Cost)
+        self.launches: list[Launch] = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -64,35 +69,40 @@ class Costs(TorchDispatchMode):
         result = as_on_a_gpu(name, args, result)
         given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
         made = [x for x in tensors(result) if x.untyped_storage()._cdata not in given]
-        if made or op._schema.is_mutable:
-            self._add(name, args, kwargs, made)
+        if (made or op._schema.is_mutable) and "empty" not in name:
+            self.launches += self._of(name, args, kwargs, made)
         return result
 
-    def of_images(self, values: Any) -> int:
-        return sum(size(x) for x in tensors(values) if x.dim() and x.shape[0] == self.samples)
-
-    def _add(self, name: str, args: tuple, kwargs: dict, made: list[Tensor]) -> None:
-        read, written = self.of_images((args, kwargs)), self.of_images(made)
-        if "empty" in name:
-            return
+    def _of(self, name: str, args: tuple, kwargs: dict, made: list[Tensor]) -> list[Launch]:
+        if "group_norm_silu" in name:
+            return of_norm(name, args)
+        sizes = [(x.shape[:1] == (self.samples,), size(x)) for x in [*tensors((args, kwargs)), *made]]
+        images, weights = (sum(count for is_image, count in sizes if is_image == wanted) for wanted in (True, False))
         if name in ("convolution", "conv2d"):
-            self.kinds["convolution"] += Cost(1, read + written)
-            if args[2] is not None:
-                self.kinds["bias"] += Cost(1, 2 * written)
-        elif "group_norm_silu" in name:
-            self.kinds["group norm"] += of_norm(name, args)
-        else:
-            self.kinds[name] += Cost(1, read + written)
+            _, weight, bias = args[:3]
+            out = sum(map(size, made))
+            launches = [Launch("convolution", images, weights, 2 * made[0].numel() * weight[0].numel())]
+            return launches if bias is None else [*launches, Launch("bias", 2 * out)]
+        flops = 0
+        if name == "linear":
+            flops = 2 * made[0].numel() * args[1].shape[1]
+        elif name == "scaled_dot_product_attention":
+            q, k, _ = args[:3]
+            flops = 4 * q.numel() * k.shape[-2]
+        return [Launch(name, images, weights, flops)]
 
     @property
-    def total(self) -> Cost:
-        return sum(self.kinds.values(), Cost())
+    def bytes(self) -> int:
+        return sum(launch.bytes for launch in self.launches)
 
     def __str__(self) -> str:
-        rows = sorted(self.kinds.items(), key=lambda kind: -kind[1].bytes)
-        rows.append(("all", self.total))
+        kinds = defaultdict(list)
+        for launch in self.launches:
+            kinds[launch.kind].append(launch.bytes)
+        rows = sorted(kinds.items(), key=lambda kind: -sum(kind[1]))
+        rows.append(("all", [launch.bytes for launch in self.launches]))
         per_image = MIB * self.samples
-        return "\n".join(f"{name:42s} {cost.launches:4d} {cost.bytes / per_image:8.2f} MiB" for name, cost in rows)
+        return "\n".join(f"{kind:30s} {len(sizes):4d} {sum(sizes) / per_image:8.2f} MiB" for kind, sizes in rows)
 
 
 def launches_of_norm(channels: int, own: int, plane: int, groups: int, item: int, *, backward: bool = False) -> int:
@@ -117,7 +127,7 @@ def launches_of_norm(channels: int, own: int, plane: int, groups: int, item: int
     return 3 if backward or slices > 16 else 2
 
 
-def of_norm(name: str, args: tuple) -> Cost:
+def of_norm(name: str, args: tuple) -> list[Launch]:
     """Of the forward pass of a group norm."""
     if name == "group_norm_silu":
         x, weight, groups = args[0], args[1], args[5]
@@ -128,5 +138,9 @@ def of_norm(name: str, args: tuple) -> Cost:
     channels = len(weight)
     result = size(x) * channels // x.shape[1]
     launches = launches_of_norm(channels, x.shape[1], x[0, 0].numel(), groups, x.element_size())
-    again = 0 if launches == 1 else result  # what is normalised is read once more
-    return Cost(launches, size(x) + sum(map(size, added)) + result * (1 + keep) + again)
+    read, written = size(x) + sum(map(size, added)), result * (1 + keep)
+    if launches == 1:
+        return [Launch("group norm", read + written)]
+    # The first one stores the sum, and the last one reads it, or x, again.
+    first, last = Launch("group norm", read + result * keep), Launch("group norm", 2 * result)
+    return [first, *[Launch("group norm", 0)] * (launches - 2), last]

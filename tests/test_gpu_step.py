@@ -124,5 +124,5 @@ def test_a_step_takes_at_most_180_launches_and_moves_at_most_48_mib_an_image(in_
     """In bfloat16, without weights; before group norms added what they normalise it was 299 and 70 MiB."""
     ours = in_a_step(Costs(N))
     print(f"a sampling step, launches and MiB an image:\n{ours}")
-    assert ours.total.launches <= 160
-    assert ours.total.bytes <= 48 * MIB * N
+    assert len(ours.launches) <= 160
+    assert ours.bytes <= 48 * MIB * N
