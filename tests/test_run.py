@@ -45,9 +45,10 @@ def test_batches_are_dealt_to_processes_and_are_those_of_one(finished):  # noqa:
 
 
 def test_pictures_show_the_samples_and_eleven_states(finished, tmp_path):  # noqa: F811
-    samples = torch.cat([images for _, images in sample_batches(finished, 9, seed=0)])
+    sampled = finished.in_precision(finished.metrics["precision"])  # as the pictures were
+    samples = torch.cat([images for _, images in sample_batches(sampled, 9, seed=0)])
     save_grid(samples, tmp_path / "samples.png")
-    states = finished.diffusion.sample(8, seed=0, return_all_timesteps=True)
+    states = sampled.diffusion.sample(8, seed=0, return_all_timesteps=True)
     save_grid(states.flatten(0, 1), tmp_path / "denoising.png", columns=11)
     for name in ("samples.png", "denoising.png"):
         assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes()
