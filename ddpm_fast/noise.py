@@ -51,10 +51,10 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tens
     Args:
         seed: in [-2^63, 2^64), or an int64 tensor of shape (), which is not read by the host.
     """
-    if isinstance(seed, Tensor):
-        return torch.stack([seed, torch.zeros_like(seed)]).to(device)
-    seed = integer("seed", seed, -(1 << 63), 1 << 64)
-    return torch.tensor([_as_int64(seed), 0], dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        # Filled in on the device: a copy of a number from the host would make it wait for the device.
+        seed = torch.full((), _as_int64(integer("seed", seed, -(1 << 63), 1 << 64)), dtype=torch.int64, device=device)
+    return torch.stack([seed, torch.zeros_like(seed)]).to(device)
 
 
 def fold_in(keys: Tensor, data: int | Tensor) -> Tensor:

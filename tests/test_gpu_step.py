@@ -24,7 +24,7 @@ class Ops(TorchDispatchMode):
         super().__init__()
         self.computing = []
         self.devices = set()
-        self.allocated = 0
+        self.across = []  # the ops that have tensors on two devices: copies between them
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -33,7 +33,10 @@ class Ops(TorchDispatchMode):
         made = [x for x in tensors(result) if x.untyped_storage()._cdata not in given]
         if made or op._schema.is_mutable:
             self.computing.append(str(op))
-        self.devices |= {x.device.type for x in tensors((args, kwargs, result))}
+        devices = {x.device.type for x in tensors((args, kwargs, result))}
+        self.devices |= devices
+        if len(devices) > 1:
+            self.across.append(str(op))
         return result
 
 

@@ -5,7 +5,7 @@ alone. So a run that was interrupted and resumed is the run that was not, bit fo
 """
 
 # `load_run` is defined in run, and was found here before.
-__all__ = ["Trainer", "ema_decay", "load_run", "lr_factor", "make_optimizer", "train"]
+__all__ = ["Trainer", "ema_decay", "load_run", "lr_factor", "make_optimizer", "train", "update_average"]
 
 import math
 import os
@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..diffusion import GaussianDiffusion
@@ -101,7 +101,7 @@ class Trainer:
         _check_fit(self.diffusion, self.data[[0]])
         self.fingerprint = fingerprint(self.data)
         self.optimizer = make_optimizer(self.diffusion, config.training)
-        self.ema = AveragedModel(self.diffusion)  # its decay is set in each step
+        self.ema = AveragedModel(self.diffusion)
         self._set_precision(chosen(config.training.precision, self.device))
         self.progress = Progress()
         self.result = Run(folder, config, self.ema.module)
@@ -169,8 +169,7 @@ class Trainer:
         self.scaler.step(self.optimizer)  # left out where a scaled gradient is too large for float16
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step, c))
-        self.ema.update_parameters(self.diffusion)
+        update_average(self.ema, self.diffusion, ema_decay(step, c) if step else 0.0)
         self._pending.append(loss.detach())
         self.progress.step += 1
 
@@ -312,6 +311,21 @@ def ema_decay(step: int, c: TrainingConfig) -> float:
     It rises to the configured one, so that the average of a short run does not consist of its initial weights.
     """
     return min(c.ema_decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_average(average: AveragedModel, module: nn.Module, decay: float) -> None:
+    """average = decay average + (1 - decay) weights; a decay of 0 copies the weights.
+
+    `AveragedModel.update_parameters` copies a number to the GPU in every call, for which the host waits. It copies all
+    buffers as well: those of a GaussianDiffusion around a `UNet` never change.
+    """
+    averages, weights = list(average.module.parameters()), list(module.parameters())
+    if decay == 0:
+        torch._foreach_copy_(averages, weights)
+    else:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+    average.n_averaged += 1
 
 
 def lr_factor(step: int, c: TrainingConfig) -> float:

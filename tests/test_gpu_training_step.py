@@ -1,0 +1,98 @@
+"""What a training step asks of a GPU, counted on tensors that claim to be there."""
+
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+from test_gpu_step import Ops, on_a_gpu
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training_runs import small, without_curve  # noqa: F401  (fixture)
+
+from ddpm_fast.training import trainer
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch was built without CUDA")
+
+
+def fitted(gradient, like):
+    """The gradient in the shape and dtype of the result that it belongs to."""
+    return None if gradient is None else gradient.sum_to_size(like.shape).to(like.dtype)
+
+
+def backward(loss, *_, **__):
+    """As torch.autograd.backward, whose engine looks for a stream of the GPU and does not find one."""
+    waiting, nodes = Counter(), [loss.grad_fn]  # how many gradients a node waits for
+    for node in nodes:
+        for following, _ in node.next_functions:
+            waiting[following] += 1
+            if following is not None and waiting[following] == 1:
+                nodes.append(following)
+    gradients = defaultdict(dict, {loss.grad_fn: {loss.output_nr: torch.ones_like(loss)}})
+    ready = [loss.grad_fn]
+    with torch.no_grad():
+        for node in ready:
+            given, call = gradients.pop(node), getattr(node, "apply", node)  # of a Function in Python
+            found = call(*(fitted(given.get(i), like) for i, like in enumerate(node._input_metadata)))
+            found = found if isinstance(found, tuple) else (found,)
+            for (following, i), gradient in zip(node.next_functions, found, strict=False):
+                if following is None:
+                    continue
+                if gradient is not None:
+                    before = gradients[following].get(i)
+                    gradients[following][i] = gradient if before is None else before + gradient
+                waiting[following] -= 1
+                if not waiting[following]:
+                    ready.append(following)
+
+
+@pytest.fixture
+def steps_on_a_gpu(tmp_path, monkeypatch):
+    """A function that takes two steps of a run there, and returns the ops of each."""
+    monkeypatch.setenv("DDPM_FAST_GRAPHS", "0")
+    monkeypatch.setattr(trainer, "derive_seed", lambda *numbers: 1)  # reads tensors of the CPU
+    monkeypatch.setattr(torch.autograd, "backward", backward)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+    def take(precision, grad_clip=1.0):
+        config = small(training__precision="fp32", training__grad_clip=grad_clip)
+        run = trainer.Trainer(config, tmp_path / "run")
+        found = []
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            on_a_gpu(run.diffusion)
+            on_a_gpu(run.ema.module)
+            run.device = torch.device("cuda")
+            run.optimizer = trainer.make_optimizer(run.diffusion, config.training)
+            run._set_precision(precision)
+            if precision == "fp16":  # it disables itself for GPUs that are not there
+                run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+            run.diffusion.train()
+            for _ in range(2):  # in the first, moments are allocated and the average is a copy
+                images = torch.empty(config.training.batch_size, 1, 8, 8, dtype=torch.uint8)
+                with Ops() as ops:
+                    run.step(images)
+                found.append(ops)
+        return found
+
+    return take
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, None])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_training_step_never_waits_for_the_device_and_sends_it_the_images_alone(steps_on_a_gpu, precision, grad_clip):
+    # An op that has to wait for a value raises on such tensors.
+    for ops in steps_on_a_gpu(precision, grad_clip):
+        assert ops.across == ["aten._to_copy.default"]
+        assert not [op for op in ops.computing if "item" in op or "_local_scalar_dense" in op or "lift" in op]
+        counts = Counter(ops.computing)
+        assert counts["aten.convolution_backward.default"] == counts["aten.convolution.default"] > 0
+        assert counts["aten._fused_adamw_.tensor_lr"] + counts["aten._fused_adamw_.default"] == 1
+        assert (counts["aten.linalg_vector_norm.default"] > 1) == (grad_clip is not None)
+        assert (counts["aten._to_copy.default"] > 10) == (precision != "fp32")  # weights, cast by autocast
+
+
+def test_the_average_takes_one_op(steps_on_a_gpu):
+    first, second = (
+        [op for op in ops.computing if "foreach_copy" in op or "lerp" in op] for ops in steps_on_a_gpu("fp32")
+    )
+    assert first == ["aten._foreach_copy_.default"]
+    assert second == ["aten._foreach_lerp_.Scalar"]
