@@ -23,24 +23,29 @@ def enabled(x: Tensor) -> bool:
     return x.is_cuda and os.environ.get("DDPM_FAST_GRAPHS") != "0"
 
 
-def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Captures a function as a graph; it is called three times in all. Returns the replay, for the current stream.
+def capture(
+    step: Callable[[], None], device: torch.device, *, warm_up: Callable[[], None] | None = None
+) -> Callable[[], None]:
+    """Captures a function as a graph. Returns the replay, for the current stream.
 
     Args:
-        step: works on the same tensors of the device in every call, and never waits for it.
+        step: works on the same tensors of the device in every call, and never waits for it. It is called once in the
+            capture, when the device only takes notes of it, and before that instead of `warm_up`.
         device: whose current stream is waited for before and waits afterwards.
+        warm_up: called twice before the capture, for real: what of a step may be repeated without harm.
 
     Raises:
         CannotCapture: the function waits for the device, or does what graphs do not allow.
         Exception: what the function raises before it is captured, such as torch.OutOfMemoryError.
     """
+    warm_up = warm_up or step
     with _lock, cuda.device(device):
         outside, stream = cuda.current_stream(), cuda.Stream()
         stream.wait_stream(outside)
         try:
             with cuda.stream(stream):
-                step()
-                _without_waiting(step)
+                warm_up()
+                _without_waiting(warm_up)
             graph = _captured(step, stream)
         finally:
             cuda.set_stream(outside)  # where PyTorch cannot end a capture, it leaves the stream as it is

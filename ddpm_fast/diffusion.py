@@ -144,7 +144,7 @@ class GaussianDiffusion(ReverseProcess):
         loss_reduction: str = "mean",
         *,
         seed: Seed = None,
-        sample_offset: int = 0,
+        sample_offset: int | Tensor = 0,
         model_kwargs: ModelArguments | None = None,
     ) -> Tensor:
         """The weighted loss of predictions at the timesteps t.
@@ -221,7 +221,7 @@ class GaussianDiffusion(ReverseProcess):
         times: Tensor | None = None,
         loss_reduction: str = "mean",
         seed: Seed = None,
-        sample_offset: int = 0,
+        sample_offset: int | Tensor = 0,
         model_kwargs: ModelArguments | None = None,
         **further: Any,
     ) -> Tensor:
@@ -234,7 +234,8 @@ class GaussianDiffusion(ReverseProcess):
             times: (N,), int64; drawn uniformly from [0, T) if None.
             loss_reduction: mean, or none for the loss of each sample, (N,).
             seed: of the noise; None draws one from PyTorch's default generator.
-            sample_offset: index of the first image in the whole (global) batch.
+            sample_offset: index of the first image in the whole (global) batch; an int64 tensor of shape () on the
+                device is not read by the host.
             model_kwargs: further arguments of the network, such as {"class_labels": labels}.
             further: arguments of a p_losses that a subclass has overridden.
 

@@ -91,7 +91,7 @@ def sample_keys(
     *,
     seed: int | Tensor,
     streams: int | range = 0,
-    sample_offset: int = 0,
+    sample_offset: int | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The keys that the ops make a batch's noise from.
@@ -99,12 +99,13 @@ def sample_keys(
     Args:
         samples: N.
         streams: which use of noise within a sample, at least 0, or K of them.
-        sample_offset: index in the run of the batch's first sample.
+        sample_offset: index in the run of the batch's first sample; an int64 tensor of shape () on the device is not
+            read by the host.
 
     Returns:
         (N, 2), or (K, N, 2) for a range of streams; int64.
     """
-    sample_offset = integer("sample_offset", sample_offset, 0, 1 << 63)
+    sample_offset = _index(sample_offset)
     keys = fold_in(key(seed, device=device), sample_offset + torch.arange(samples, device=device))  # (N, 2)
     if isinstance(streams, range):
         return fold_in(keys, torch.arange(streams.start, streams.stop, streams.step, device=device)[:, None])
@@ -116,7 +117,7 @@ def gaussian(
     *,
     seed: int | Tensor,
     stream: int = 0,
-    sample_offset: int = 0,
+    sample_offset: int | Tensor = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -146,7 +147,7 @@ class NoiseSource:
         rng: `philox`: as `gaussian`. `torch`: by torch.randn, one call after the other, whatever the stream and
             the offset; the numbers that other packages draw.
         seed: a number, or a generator (philox: one seed is drawn from it); None for PyTorch's default generator.
-        sample_offset: index in the run of the batch's first sample.
+        sample_offset: index in the run of the batch's first sample, as `sample_keys` takes it.
         device, dtype: of the noise.
 
     Raises:
@@ -158,7 +159,7 @@ class NoiseSource:
         rng: str,
         *,
         seed: int | torch.Generator | None = None,
-        sample_offset: int = 0,
+        sample_offset: int | Tensor = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -171,7 +172,7 @@ class NoiseSource:
                 )
             seed = integer("seed", seed, -(1 << 63), 1 << 64)
         self.keyed = rng == "philox"
-        self.sample_offset = integer("sample_offset", sample_offset, 0, 1 << 63)
+        self.sample_offset = _index(sample_offset)
         self.seed = seed
         self.device, self.dtype = device, dtype
         if not self.keyed and seed is not None and not isinstance(seed, torch.Generator):
@@ -229,6 +230,10 @@ def derive_seed(seed: int, *data: int) -> int:
     for number in data:
         keys = fold_in(keys, number)
     return int(keys[0]) & ((1 << 63) - 1)
+
+
+def _index(sample_offset: int | Tensor) -> int | Tensor:
+    return sample_offset if isinstance(sample_offset, Tensor) else integer("sample_offset", sample_offset, 0, 1 << 63)
 
 
 def _as_int64(value: int) -> int:

@@ -146,10 +146,10 @@ class DiffusionProcess(nn.Module):
         checks.timesteps(t, len(x), self.num_timesteps)
         return [table[t].view(-1, *[1] * (x.ndim - 1)) for table in tables]
 
-    def noise_source(self, like: Tensor, seed: Seed = None, sample_offset: int = 0) -> NoiseSource:
+    def noise_source(self, like: Tensor, seed: Seed = None, sample_offset: int | Tensor = 0) -> NoiseSource:
         """Where noise of a tensor's device and dtype comes from; see `noise.NoiseSource`."""
         current = None if torch.compiler.is_compiling() else _source.get()
-        if current is not None and seed is None and not sample_offset:
+        if current is not None and seed is None and not (isinstance(sample_offset, Tensor) or sample_offset):
             return current
         dtype = like.dtype if like.is_floating_point() else torch.float32
         return NoiseSource(self.rng, seed=seed, sample_offset=sample_offset, device=like.device, dtype=dtype)

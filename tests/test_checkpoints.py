@@ -103,6 +103,15 @@ def save(folder, step=16, net=None, optimizer=None):
     return checkpoint.save(folder, step, model=net, ema=net, optimizer=optimizer, state={"config": {}})
 
 
+def test_a_learning_rate_that_is_a_tensor_is_saved_as_a_number(tmp_path):
+    net = build_diffusion(small()).model
+    path = save(tmp_path, net=net, optimizer=torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.5), fused=True))
+    (group,) = torch.load(path / "optimizer.pt", weights_only=True)["param_groups"]
+    assert type(group["lr"]) is float
+    assert group["lr"] == 0.5
+    assert group["params"] == list(range(len([*net.parameters()])))
+
+
 def test_every_file_and_folder_is_flushed_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
     events, fsync, rename = [], os.fsync, Path.rename
 

@@ -119,6 +119,24 @@ def test_a_step_is_captured_on_a_side_stream_of_the_device_of_its_tensors(use):
     assert_as_before(cuda)
 
 
+def test_a_step_that_must_not_be_repeated_is_called_in_the_capture_alone(use):
+    cuda = use(Cuda())
+    taken = []
+
+    def step():
+        cuda.step()
+        taken.append(cuda.capturing)
+
+    capture(step, DEVICE, warm_up=cuda.step)
+    assert taken == ["thread_local"]
+    assert cuda.log[1:4] == [
+        "call, mode 0, side stream of 1",
+        "call, mode error, side stream of 1",
+        "capture thread_local, side stream of 1",
+    ]
+    assert_as_before(cuda)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "raised"),
     [

@@ -62,15 +62,18 @@ def test_each_step_draws_its_own_timesteps_images_and_noise(tmp_path, monkeypatc
 
 def test_the_noise_of_training_is_not_that_of_samples_with_the_same_seed(tmp_path, monkeypatch):
     """Stream 0 of a seed is eps in training and x_T in sampling: samples would begin where images were."""
-    seeds, forward = set(), GaussianDiffusion.forward
+    seeds, first, forward = set(), [], GaussianDiffusion.forward
 
     def spy(self, images, **arguments):
         seeds.add(arguments["seed"])
+        first.append(int(arguments["sample_offset"]))
         return forward(self, images, **arguments)
 
     monkeypatch.setattr(GaussianDiffusion, "forward", spy)
-    trainer.train(small(seed=5, training__steps=2), tmp_path / "run")
+    config = small(seed=5, training__steps=3)
+    trainer.train(config, tmp_path / "run")
     assert seeds == {derive_seed(5, trainer.NOISE)}
+    assert first == [0, config.training.batch_size, 2 * config.training.batch_size]
     assert 5 not in seeds
 
 
@@ -115,6 +118,7 @@ def test_the_average_is_the_one_configured(tmp_path):
         return safetensors.torch.load_file(folder / f"{name}.safetensors")
 
     assert [trainer.ema_decay(step, config.training) for step in (0, 10**6)] == [0.1, 0.9]
+    assert all(torch.equal(x, load_weights(first, "model")[name]) for name, x in load_weights(first, "ema").items())
     for name, average in load_weights(second, "ema").items():
         decay = 2 / 11  # of the second step: the configured one is for later
         expected = decay * load_weights(first, "model")[name] + (1 - decay) * load_weights(second, "model")[name]

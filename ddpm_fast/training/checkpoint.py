@@ -175,7 +175,11 @@ def save(
         temporary.mkdir()
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, temporary / f"{name}.safetensors")
-        torch.save(optimizer.state_dict() | {"state": moments}, temporary / "optimizer.pt")
+        groups = [  # a learning rate that is a tensor on a GPU as a number, as on a CPU
+            {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+            for group in optimizer.state_dict()["param_groups"]
+        ]
+        torch.save({"state": moments, "param_groups": groups}, temporary / "optimizer.pt")
         write_text(temporary / "state.json", json.dumps({"format": FORMAT, "step": step} | state, indent=2))
         write_text(temporary / SUMS, "".join(f"{_digest(temporary / name)}  {name}\n" for name in CONTENT))
         for path in (*temporary.iterdir(), temporary):

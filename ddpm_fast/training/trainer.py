@@ -5,7 +5,7 @@ alone. So a run that was interrupted and resumed is the run that was not, bit fo
 """
 
 # `load_run` is defined in run, and was found here before.
-__all__ = ["Trainer", "ema_decay", "load_run", "lr_factor", "make_optimizer", "train", "update_average"]
+__all__ = ["Trainer", "ema_decay", "load_run", "lr_factor", "make_optimizer", "set_lr", "train", "update_average"]
 
 import math
 import os
@@ -28,6 +28,7 @@ from .config import ConfigError, RunConfig, TrainingConfig, build_diffusion
 from .data import ShuffledBatches, batches, fingerprint, open_data
 from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
+from .graphed_step import GraphedStep
 from .pictures import save_grid, save_loss
 from .precision import autocast, chosen
 from .run import Run, RunError, load_run, pick_device, sample_batches
@@ -102,6 +103,7 @@ class Trainer:
         self.fingerprint = fingerprint(self.data)
         self.optimizer = make_optimizer(self.diffusion, config.training)
         self.ema = AveragedModel(self.diffusion)
+        self._sample_offset = torch.zeros((), dtype=torch.int64, device=self.device)
         self._set_precision(chosen(config.training.precision, self.device))
         self.progress = Progress()
         self.result = Run(folder, config, self.ema.module)
@@ -114,6 +116,7 @@ class Trainer:
         """Gradients in float16 are scaled, since most are too small for it."""
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self._update = GraphedStep(self._loss, self.optimizer, clip=self.config.training.grad_clip, scaler=self.scaler)
 
     def run(self) -> Run:
         """Takes the steps that are left."""
@@ -155,23 +158,18 @@ class Trainer:
         """
         c, step = self.config.training, self.progress.step
         torch.manual_seed(derive_seed(self.config.seed, STEP, step))  # of flips, timesteps and dropout
-        images = images.to(self.device, non_blocking=True)
+        self._sample_offset.fill_(step * c.batch_size)
+        set_lr(self.optimizer, c.lr * lr_factor(step, c))
+        self._pending.append(self._update(images))
+        # Outside of the graph: the decay is another in each step, and a foreach op takes it from the host.
+        update_average(self.ema, self.diffusion, ema_decay(step, c) if step else 0.0)
+        self.progress.step += 1
+
+    def _loss(self, images: Tensor) -> Tensor:
         if self.config.data.flip:
             images = _flip_half(images)
         with autocast(self.device, self.precision):
-            loss = self.diffusion(images, seed=self._noise_seed, sample_offset=step * c.batch_size)
-        self.scaler.scale(loss).backward()
-        if c.grad_clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.diffusion.model.parameters(), c.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = c.lr * lr_factor(step, c)
-        self.scaler.step(self.optimizer)  # left out where a scaled gradient is too large for float16
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        update_average(self.ema, self.diffusion, ema_decay(step, c) if step else 0.0)
-        self._pending.append(loss.detach())
-        self.progress.step += 1
+            return self.diffusion(images, seed=self._noise_seed, sample_offset=self._sample_offset)
 
     def read_losses(self) -> float:
         """Reads the losses of the last steps, and adds a point to the history at the end of a window.
@@ -300,9 +298,24 @@ class Trainer:
 
 
 def make_optimizer(diffusion: GaussianDiffusion, c: TrainingConfig) -> torch.optim.Optimizer:
+    """On a GPU, the learning rate is a tensor, which a captured step reads."""
+    on_gpu = diffusion.device.type == "cuda"
     return torch.optim.AdamW(
-        diffusion.model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True
+        diffusion.model.parameters(),
+        lr=torch.full((), c.lr, device=diffusion.device) if on_gpu else c.lr,
+        betas=c.betas,
+        weight_decay=c.weight_decay,
+        fused=True,
+        capturable=on_gpu,
     )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def ema_decay(step: int, c: TrainingConfig) -> float:

@@ -1,0 +1,175 @@
+"""A training step, from the images to the updated weights, that a GPU replays as one CUDA graph."""
+
+__all__ = ["GraphedStep"]
+
+import random
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cuda_graph
+
+
+class GraphedStep:
+    """Takes training steps: loss, gradients, clipping and the optimizer's update. On a GPU, they become a CUDA graph.
+
+    A step of a U-Net is a thousand launches or more, which can take the host longer than the GPU needs to compute it; a
+    graph is one launch. The first step is taken launch by launch, and the second is captured:
+
+        lr = torch.full((), 2e-4, device="cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True, capturable=True)
+        first = torch.zeros((), dtype=torch.int64, device="cuda")  # the index of the first image of a batch
+        step = GraphedStep(lambda images: diffusion(images, seed=0, sample_offset=first), optimizer, clip=1.0)
+        for k, images in enumerate(batches):
+            first.fill_(k * len(images))
+            loss = step(images)
+
+    A graph repeats what the host did when it was captured. What changes from step to step is therefore an argument of
+    the step, or a tensor on the device that is written to in place, such as the learning rate (`lr.fill_`; PyTorch's
+    schedulers do that). Random numbers of the device are drawn anew, and follow `torch.manual_seed` as they do without
+    a graph. The optimizer's other settings, and addresses and shapes, are compared in each step: where they differ from
+    those of the graph, the step is taken launch by launch, and if they then stay, it is captured anew.
+
+    What cannot be captured runs launch by launch, with a warning that has the reason: a loss that makes the host wait
+    or draw random numbers, a learning rate that is a number, an optimizer without `capturable=True`, scaled gradients.
+    So does everything on a CPU, or with the environment variable DDPM_FAST_GRAPHS=0. For a capture, the loss and its
+    gradients are computed twice more, without an update: buffers that the loss writes to are written to twice more.
+
+    Args:
+        loss: from the arguments of a step, on the device of the parameters, to the loss, a tensor of shape ().
+        optimizer: of all parameters, on one device. Their gradients are None before and after a step.
+        clip: an upper bound of the norm of all gradients together; None for none.
+        scaler: scales the gradients of a float16 loss.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.loss, self.optimizer, self.clip = loss, optimizer, clip
+        self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
+        self._refused = False  # whether the step could not be captured
+        self._before: Hashable = None  # the form of the step before
+        self._captured: Hashable = None  # the form of the step that was captured
+        self._inputs: list[Tensor] = []  # the tensors that the graph reads and writes
+        self._result: Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Takes a step.
+
+        Args:
+            inputs: the arguments of the loss, on any device; copied from pinned memory without waiting.
+
+        Returns:
+            The loss, without a gradient.
+        """
+        parameters = self._parameters()
+        device = parameters[0].device
+        if self._refused or not cuda_graph.enabled(parameters[0]):
+            return self._take([x.to(device, non_blocking=True) for x in inputs])
+        form = self._form(inputs)
+        if form == self._before and form != self._captured:
+            self._capture(inputs, form, device)
+        if form != self._captured:
+            loss = self._take([x.to(device, non_blocking=True) for x in inputs])
+            self._before = self._form(inputs)  # not before, since the first step makes the optimizer's tensors
+            return loss
+        for static, x in zip(self._inputs, inputs, strict=True):
+            static.copy_(x, non_blocking=True)
+        self._replay()
+        self._before = form
+        return self._result.clone()  # the next replay writes to it
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _take(self, inputs: list[Tensor]) -> Tensor:
+        loss = self.loss(*inputs)
+        self.scaler.scale(loss).backward()
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip)
+        self.scaler.step(self.optimizer)  # left out where a scaled gradient is too large for float16
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _form(self, inputs: tuple[Tensor, ...]) -> Hashable:
+        """What a graph takes from its inputs, its parameters and the optimizer."""
+        state = self.optimizer.state
+        return (
+            tuple((x.shape, x.dtype, x.stride()) for x in inputs),
+            tuple(
+                (
+                    tuple((name, _kept(value)) for name, value in group.items() if name != "params"),
+                    tuple(
+                        (p.data_ptr(), p.grad is None, *(_kept(value) for value in state.get(p, {}).values()))
+                        for p in group["params"]
+                    ),
+                )
+                for group in self.optimizer.param_groups
+            ),
+        )
+
+    def _capture(self, inputs: tuple[Tensor, ...], form: Hashable, device: torch.device) -> None:
+        """Captures a step of this form, without taking one; or warns, and nothing has changed."""
+        self._captured = self._replay = self._result = None  # frees the graph before
+
+        def loss_and_gradients() -> None:
+            self.loss(*self._inputs).backward()
+            self.optimizer.zero_grad()
+
+        def step() -> None:
+            self._result = self._take(self._inputs)
+
+        try:
+            if self.scaler.is_enabled():
+                raise cuda_graph.CannotCapture("its gradients are scaled")
+            for group in self.optimizer.param_groups:
+                if not group.get("capturable"):
+                    raise cuda_graph.CannotCapture("the optimizer may wait for the device; give it capturable=True")
+                if not isinstance(group["lr"], Tensor):
+                    raise cuda_graph.CannotCapture("the learning rate is a number, not a tensor on the device")
+            self._inputs = [torch.empty_like(x, device=device).copy_(x) for x in inputs]
+            with _generators_put_back(device):
+                self._replay = cuda_graph.capture(step, device, warm_up=loss_and_gradients)
+        except (cuda_graph.CannotCapture, torch.OutOfMemoryError) as error:
+            self._refused, self._inputs, self._result = True, [], None
+            warnings.warn(f"training runs launch by launch, since the step cannot be captured: {error}", stacklevel=3)
+        else:
+            self._captured = form
+        finally:
+            self.optimizer.zero_grad()  # where an error left some
+
+
+def _kept(value: Any) -> Any:
+    """A tensor by its address, since its values may change; another setting by its value."""
+    return ("tensor", value.data_ptr()) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _generators_put_back(device: torch.device) -> Iterator[None]:
+    """Gives the generators the state that they had before.
+
+    Raises:
+        CannotCapture: one of the host was drawn from, whose numbers a graph would repeat.
+    """
+    python, host = random.getstate(), torch.get_rng_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices, device_type="cuda"):
+            yield
+            drawn = random.getstate() != python or (device.type == "cuda" and (torch.get_rng_state() != host).any())
+    finally:
+        random.setstate(python)
+    if drawn:
+        raise cuda_graph.CannotCapture("it draws random numbers on the host, which a graph would repeat")
