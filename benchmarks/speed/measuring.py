@@ -30,7 +30,7 @@ class Contender:
         step: computes one step of a whole batch.
         flops: floating-point operations of a step.
         peer: whether the others are compared with it.
-        compiled: whether its first call compiles.
+        compiled: whether its first two calls compile or capture.
         extra: further entries of its row in the report.
     """
 
