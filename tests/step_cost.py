@@ -45,9 +45,12 @@ def size(x: Tensor) -> int:
 
 def as_on_a_gpu(name: str, args: tuple, result: Any) -> Any:
     """The result of an op in cuDNN's memory format, which tensors that claim to be on a GPU do not know of."""
-    if "conv" in name and args[0].is_contiguous(memory_format=torch.channels_last):
+    if "conv" not in name or not args[0].is_contiguous(memory_format=torch.channels_last):
+        return result
+    if isinstance(result, Tensor):
         return result.contiguous(memory_format=torch.channels_last)
-    return result
+    of_x, *others = result  # the gradients
+    return (of_x if of_x is None else of_x.contiguous(memory_format=torch.channels_last), *others)
 
 
 class Costs(TorchDispatchMode):
