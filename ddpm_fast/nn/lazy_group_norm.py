@@ -16,6 +16,7 @@ from .. import ops
 from ..ops.layout import eager_on_cpu, memory_format
 from ..ops.transforms import transformed
 from .mixed_dtypes import each
+from .one_plus_scale import noted_scale, readable
 
 
 def trains_in_float32(x: Tensor) -> bool:
@@ -81,7 +82,7 @@ class _Pending(Tensor):
     _weight: Tensor  # those of the norm when it was called
     _bias: Tensor
     _factor: Tensor | None  # (N, C, 1, 1), where no shift was added yet
-    _scale: Tensor | None  # (N, C), factor - 1
+    _scale: Tensor | None  # (N, C), where the factor is 1 + scale
     _shift: Tensor | None  # (N, C)
     _sigmoid_of: "_Pending | None"  # this is the sigmoid of that
     _value: Tensor | None  # what it is, once computed
@@ -100,7 +101,7 @@ class _Pending(Tensor):
         shift: Tensor | None = None,
         sigmoid_of: "_Pending | None" = None,
     ) -> "_Pending":
-        inputs = [v for v in (x, factor, shift) if v is not None]
+        inputs = [v for v in (x, factor, scale, shift) if v is not None]
         grad = torch.is_grad_enabled()
         needs_grad = grad and any(v.requires_grad for v in (weight, bias, *inputs))
         self = Tensor._make_wrapper_subclass(
@@ -148,15 +149,9 @@ class _Pending(Tensor):
             return self.silu()
         if isinstance(other, _Pending) and other is self._sigmoid_of and self._value is None:
             return other.silu()
-        if (
-            self._open()
-            and self._factor is self._scale is None
-            and self._of_channels(other)
-            and other.device.type == "cpu"
-        ):
-            # What it was made of, if it was made as 1 + scale. Another factor near 0 would be rounded as if near 1.
-            scale = other - 1
-            if torch.equal(scale + 1, other):
+        if self._open() and self._factor is self._scale is None and self._of_channels(other):
+            scale = _scale_of(other)
+            if scale is not None:
                 return self._with(factor=other, scale=scale.flatten(1))
         return self.compute() * computed(other)
 
@@ -201,6 +196,15 @@ class _Pending(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return func(*each(computed, args), **each(computed, kwargs or {}))
+
+
+def _scale_of(factor: Tensor) -> Tensor | None:
+    """The scale for which the factor is 1 + scale, if there is an exact one."""
+    if not readable(factor):
+        return noted_scale(factor)
+    # What it was made of, if it was made as 1 + scale. Another factor near 0 would be rounded as if near 1.
+    scale = factor - 1
+    return scale if torch.equal(scale + 1, factor) else None
 
 
 _METHODS = {

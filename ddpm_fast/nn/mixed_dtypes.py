@@ -1,6 +1,6 @@
 """One dtype for the operands of products, convolutions and norms whose tensors have several."""
 
-__all__ = ["MixedDtypes", "each", "is_timestep"]
+__all__ = ["each", "in_one_dtype", "is_timestep"]
 
 import dataclasses
 from collections.abc import Callable
@@ -9,32 +9,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 
-class MixedDtypes(TorchFunctionMode):
-    """Within this context, functions that need operands of one dtype accept a mixture of dtypes.
+def in_one_dtype(func: Any, args: tuple, kwargs: dict, dtype: torch.dtype) -> tuple[tuple, dict]:
+    """The arguments of a function of PyTorch, those of several dtypes cast to one where the function needs that.
 
     A network that was converted to bfloat16 or float16 still makes tensors in float32: embeddings of the timestep, or
     values that its code casts for precision. Whatever class uses them, they are cast to `dtype` where they meet its
     weights. A first operand with one number a sample, such as timesteps, is not rounded: the others are cast to its
     dtype. Functions that promote their operands by themselves, and operands that share a dtype, are left alone.
     """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _ONE_DTYPE:
-            operands: list[Tensor] = []
-            each(lambda x: operands.append(x) or x, (args, kwargs))
-            operands = [x for x in operands if x.is_floating_point()]
-            if len({x.dtype for x in operands}) > 1:
-                dtype = operands[0].dtype if is_timestep(operands[0]) else self.dtype
-                args, kwargs = each(lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs))
-        return func(*args, **kwargs)
+    if func in _ONE_DTYPE:
+        operands: list[Tensor] = []
+        each(lambda x: operands.append(x) or x, (args, kwargs))
+        operands = [x for x in operands if x.is_floating_point()]
+        if len({x.dtype for x in operands}) > 1:
+            common = operands[0].dtype if is_timestep(operands[0]) else dtype
+            return each(lambda x: x.to(common) if x.is_floating_point() else x, (args, kwargs))
+    return args, kwargs
 
 
 def is_timestep(x: Tensor) -> bool:

@@ -34,8 +34,8 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
       results are cast back; a `dtype` property of the model stays what it was. Inputs of one number a sample, such as
       timesteps, are not cast, since bfloat16 has no odd number above 256. Within the model, products, convolutions and
       norms whose operands have several dtypes are computed in `dtype`, in modules of any class.
-    - A group norm is fused with the SiLU that follows it (also if it is written as x * sigmoid(x)) and, on a CPU,
-      with a scale and a shift of each channel between the two, h * (1 + scale) + shift.
+    - A group norm is fused with the SiLU that follows it (also if it is written as x * sigmoid(x)), and with a scale
+      and a shift of each channel between the two, h * (1 + scale) + shift.
     - Without gradients and on a CPU, nn.Conv2d and nn.Linear keep their weights in oneDNN's order from call to call.
       They are packed again when the weights change. A write through `weight.data`, as averages do, is seen when the
       model is called next, if it changes any of 32 elements of each weight.

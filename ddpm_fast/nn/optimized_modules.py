@@ -9,12 +9,14 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..ops.transforms import transformed
 from . import packed_weights as packing
 from .group_norm import GroupNorm
 from .lazy_group_norm import PendingGroupNorm, computed, only_casts, trains_in_float32
-from .mixed_dtypes import MixedDtypes, each, is_timestep
+from .mixed_dtypes import each, in_one_dtype, is_timestep
+from .one_plus_scale import note
 
 STATE = "_ddpm_fast_state"  # the attribute of an optimised model that holds what `restore` needs
 SHARED = "_ddpm_fast_shared"  # the attribute of each optimised module that holds the network's `Shared`
@@ -78,8 +80,8 @@ def calling(cls: type) -> type:
                 stack.callback(_in_call.reset, _in_call.set(shared))
                 shared.weights.refresh()
                 stack.enter_context(packing.packed(None if transformed() else shared.weights))
-                if shared.reduced is not None:
-                    stack.enter_context(MixedDtypes(shared.reduced))
+                if shared.reduced is not None or _on_gpu(self):
+                    stack.enter_context(_Functions(shared.reduced))
                 if torch._C._current_graph_task_id() != -1:
                     # Gradient checkpointing repeats a part of a call, whose tensors have the dtypes of the inside.
                     return each(computed, cls.forward(self, *args, **kwargs))
@@ -111,6 +113,22 @@ def _new(cls: type) -> nn.Module:
     return calling(cls).__new__(calling(cls))
 
 
+class _Functions(TorchFunctionMode):
+    """How PyTorch's functions are called within a call of an optimised network."""
+
+    def __init__(self, reduced: torch.dtype | None) -> None:
+        super().__init__()
+        self.reduced = reduced
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.reduced is not None:
+            args, kwargs = in_one_dtype(func, args, kwargs, self.reduced)
+        result = func(*args, **kwargs)
+        note(func, args, kwargs, result)
+        return result
+
+
 def _cast_call(module: nn.Module, forward, args: tuple, kwargs: dict):
     """Calls `forward` with floating inputs in the dtype of the module's weights, and casts its results back."""
     dtype = _dtype(module)
@@ -132,6 +150,10 @@ def _cast_call(module: nn.Module, forward, args: tuple, kwargs: dict):
 def _dtype(module: nn.Module) -> torch.dtype | None:
     """That of the weights a module computes with. float8 is a storage format, whose owner converts it in each call."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+
+
+def _on_gpu(module: nn.Module) -> bool:
+    return next((p.device.type != "cpu" for p in module.parameters()), False)
 
 
 def _call_layer(layer: nn.Module, forward, x: Tensor) -> Tensor:
