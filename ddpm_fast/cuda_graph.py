@@ -1,16 +1,19 @@
 """CUDA graphs: one launch replaces hundreds, so that the host does not limit the speed."""
 
-__all__ = ["CannotCapture", "capture", "enabled"]
+__all__ = ["CannotCapture", "capture", "capturing", "enabled", "without"]
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, cuda
 
 WARM_UP = 2  # calls before the capture, in which libraries choose kernels and allocate their workspaces
 
+_without: ContextVar[bool] = ContextVar("nothing may be captured", default=False)
 _lock = threading.Lock()  # a process captures one graph at a time
 
 
@@ -23,10 +26,27 @@ def enabled(x: Tensor) -> bool:
     return x.is_cuda and os.environ.get("DDPM_FAST_GRAPHS") != "0"
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether work on x is a part of a graph, or will be at its next call, or is within `without`."""
+    return _without.get() or (x.is_cuda and cuda.is_current_stream_capturing())
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """Within this context, in this thread, nothing is captured that asks `capturing` first."""
+    token = _without.set(True)
+    try:
+        yield
+    finally:
+        _without.reset(token)
+
+
 def capture(
     step: Callable[[], None], device: torch.device, *, warm_up: Callable[[], None] | None = None
 ) -> Callable[[], None]:
     """Captures a function as a graph. Returns the replay, for the current stream.
+
+    Autocast keeps no casts of weights meanwhile: they would be gone when the graph is replayed outside that context.
 
     Args:
         step: works on the same tensors of the device in every call, and never waits for it. It is called once in the
@@ -39,7 +59,7 @@ def capture(
         Exception: what the function raises before it is captured, such as torch.OutOfMemoryError.
     """
     warm_up = warm_up or step
-    with _lock, cuda.device(device):
+    with _lock, cuda.device(device), without(), _without_autocast_cache():
         outside, stream = cuda.current_stream(), cuda.Stream()
         stream.wait_stream(outside)
         try:
@@ -56,6 +76,16 @@ def capture(
             graph.replay()
 
     return replay
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _without_waiting(step: Callable[[], None]) -> None:

@@ -77,6 +77,9 @@ class Cuda:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
             self.set_stream(before)
 
+    def is_current_stream_capturing(self):
+        return bool(self.capturing)
+
     def replay(self):
         self.log.append(f"replay on {self.current_stream().name}")
 
@@ -135,6 +138,29 @@ def test_a_step_that_must_not_be_repeated_is_called_in_the_capture_alone(use):
         "capture thread_local, side stream of 1",
     ]
     assert_as_before(cuda)
+
+
+def test_what_is_captured_keeps_no_casts_of_autocast_and_captures_nothing_itself(use):
+    seen, x = [], torch.zeros(1)
+    use(Cuda())
+
+    def step():
+        seen.append((torch.is_autocast_cache_enabled(), cuda_graph.capturing(x)))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        capture(step, DEVICE)
+        assert torch.is_autocast_cache_enabled()
+    assert seen == [(False, True)] * 3
+    assert not cuda_graph.capturing(x)
+
+
+def test_work_on_a_stream_that_is_captured_by_others_is_told(use):
+    class OnGpu:
+        is_cuda = True
+
+    cuda = use(Cuda())
+    for cuda.capturing in (False, "global"):
+        assert cuda_graph.capturing(OnGpu()) == bool(cuda.capturing)
 
 
 @pytest.mark.parametrize(
