@@ -14,15 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import cuda_graph
+from . import cuda_graph, graph_keys
 from .denoiser import Denoiser, ModelArguments, clip_bounds
-from .ops import dispatch
 from .sampling_step import SamplingStep
-
-MOST = 2  # graphs of a network, each with the memory of its activations
 
 
 class KeptGraph:
@@ -65,7 +61,8 @@ def kept_graph(
         shape: what `step_of` depends on.
     """
     conditioned, clip = denoiser.self_condition, clip_bounds(denoiser.clip_denoised)
-    key = (shape, conditioned, clip, _arguments(model_kwargs), _network(denoiser.model), _switches())
+    network, switches = graph_keys.network(denoiser.model), graph_keys.switches()
+    key = (shape, conditioned, clip, _arguments(model_kwargs), network, switches)
     with _lock:
         kept = _graphs.setdefault(model, OrderedDict())
         found = kept.get(key)
@@ -87,35 +84,8 @@ def kept_graph(
     load(step)  # again, since the steps before the capture have changed it
     new = KeptGraph(step, replay, run, model_kwargs)
     with _lock:
-        kept[key] = new
-        kept.move_to_end(key)
-        while len(kept) > MOST:
-            kept.popitem(last=False)
+        graph_keys.keep(kept, key, new)
     return new
-
-
-def _network(model: nn.Module) -> Hashable:
-    """What a graph has taken from a network: addresses of tensors, numbers and other settings of its modules, hooks."""
-    return tuple(
-        (
-            type(module),
-            tuple((p.data_ptr(), p.dtype, p.stride()) for p in _tensors(module)),
-            tuple((name, value) for name, value in vars(module).items() if _is_setting(value)),
-            (*module._forward_hooks, *module._forward_pre_hooks),  # their numbers, which are never used again
-            id(vars(module).get("forward")),
-        )
-        for module in model.modules()
-    )
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None]
-
-
-def _is_setting(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_setting, value))
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _arguments(model_kwargs: ModelArguments) -> Hashable:
@@ -124,19 +94,6 @@ def _arguments(model_kwargs: ModelArguments) -> Hashable:
     def form(value: Any) -> Hashable:
         if isinstance(value, Tensor):
             return "tensor", value.shape, value.dtype, value.stride()
-        return value if _is_setting(value) else ("object", id(value))
+        return value if graph_keys.is_setting(value) else ("object", id(value))
 
     return tuple(sorted((name, form(value)) for name, value in model_kwargs.items()))
-
-
-def _switches() -> Hashable:
-    """Global settings that decide which kernels run."""
-    cudnn = torch.backends.cudnn
-    return (
-        dispatch.chosen(),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
-    )

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast import GaussianDiffusion, UNet, cuda_graph, kept_graphs
+from ddpm_fast import GaussianDiffusion, UNet, cuda_graph, graph_keys
 from ddpm_fast.noise import NoiseSource
 from ddpm_fast.sampling_run import SamplingRun
 
@@ -78,7 +78,7 @@ def counted(mode, function):
 def in_a_step(monkeypatch):
     """A function that calls the step that is captured in a mode, which it returns."""
     monkeypatch.setattr(cuda_graph, "capture", lambda step, device: step)
-    monkeypatch.setattr(kept_graphs, "_network", lambda model: None)  # addresses, which these tensors do not have
+    monkeypatch.setattr(graph_keys, "network", lambda model: None)  # addresses, which these tensors do not have
 
     def call(mode):
         model = UNet.preset("ddpm-cifar10-32").eval().bfloat16()

@@ -4,51 +4,18 @@ import gc
 import weakref
 
 import pytest
+import recorded_graphs
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import ddpm_fast
-from ddpm_fast import GaussianDiffusion, cuda_graph, kept_graphs
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        self.calls.append((op, args, kwargs or {}, result))
-        return result
-
-
-def tensors(values):
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+from ddpm_fast import GaussianDiffusion, cuda_graph, graph_keys, kept_graphs
 
 
 @pytest.fixture
 def captures(monkeypatch):
     """Graphs are used on the CPU; a list that grows by one with each capture."""
-    made = []
-
-    def capture(step, device):
-        step()
-        step()
-        with Recorder() as recorder:
-            step()
-        made.append(device)
-
-        def replay():
-            for op, args, kwargs, before in recorder.calls:
-                for new, old in zip(tensors(op(*args, **kwargs)), tensors(before), strict=True):
-                    old.copy_(new)  # for a view or an op in place, onto itself
-
-        return replay
-
-    monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(cuda_graph, "enabled", lambda x: True)
+    made = recorded_graphs.use(monkeypatch)
     kept_graphs._graphs.clear()
     yield made
     kept_graphs._graphs.clear()
@@ -228,7 +195,7 @@ def test_two_graphs_at_most_are_kept_and_none_beyond_the_network(captures):
     for n in (1, 2, 3, 4):
         diffusion.sample(n)
     (kept,) = kept_graphs._graphs.values()
-    assert len(kept) == kept_graphs.MOST
+    assert len(kept) == graph_keys.MOST
     diffusion.sample(3)
     assert len(captures) == 4
     model = weakref.ref(diffusion.model)

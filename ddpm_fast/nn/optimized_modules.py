@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops.transforms import transformed
 from . import packed_weights as packing
+from .call_graphs import CallGraphs
 from .group_norm import GroupNorm
 from .lazy_group_norm import PendingGroupNorm, computed, only_casts, trains_in_float32
 from .mixed_dtypes import each, in_one_dtype, is_timestep
@@ -27,12 +28,14 @@ class Shared:
 
     Attributes:
         weights: the packed weights.
+        graphs: the calls of the network that were captured as CUDA graphs.
         reduced: the dtype that the network was converted to, or None where it kept its own.
         dtype: what `model.dtype` was before the conversion; None where the model has no such property.
     """
 
     def __init__(self, reduced: torch.dtype | None, dtype: torch.dtype | None) -> None:
         self.weights = packing.PackedWeights()
+        self.graphs = CallGraphs()
         self.reduced = reduced
         self.dtype = dtype
 
@@ -76,16 +79,8 @@ def calling(cls: type) -> type:
             shared = vars(self).get(SHARED)  # none in a slice of an nn.Sequential, or once restored
             if shared is None or _in_call.get() is shared:
                 return cls.forward(self, *args, **kwargs)
-            with ExitStack() as stack:
-                stack.callback(_in_call.reset, _in_call.set(shared))
-                shared.weights.refresh()
-                stack.enter_context(packing.packed(None if transformed() else shared.weights))
-                if shared.reduced is not None or _on_gpu(self):
-                    stack.enter_context(_Functions(shared.reduced))
-                if torch._C._current_graph_task_id() != -1:
-                    # Gradient checkpointing repeats a part of a call, whose tensors have the dtypes of the inside.
-                    return each(computed, cls.forward(self, *args, **kwargs))
-                return _cast_call(self, functools.partial(cls.forward, self), args, kwargs)
+            call = functools.partial(_outermost_call, self, functools.partial(cls.forward, self), shared)
+            return shared.graphs.call(self, call, args, kwargs) if STATE in vars(self) else call(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: int) -> tuple:
             # pickle and copy would look the class up by its name, where `cls` is.
@@ -111,6 +106,19 @@ def calling(cls: type) -> type:
 
 def _new(cls: type) -> nn.Module:
     return calling(cls).__new__(calling(cls))
+
+
+def _outermost_call(module: nn.Module, forward, shared: Shared, *args, **kwargs):
+    with ExitStack() as stack:
+        stack.callback(_in_call.reset, _in_call.set(shared))
+        shared.weights.refresh()
+        stack.enter_context(packing.packed(None if transformed() else shared.weights))
+        if shared.reduced is not None or _on_gpu(module):
+            stack.enter_context(_Functions(shared.reduced))
+        if torch._C._current_graph_task_id() != -1:
+            # Gradient checkpointing repeats a part of a call, whose tensors have the dtypes of the inside.
+            return each(computed, forward(*args, **kwargs))
+        return _cast_call(module, forward, args, kwargs)
 
 
 class _Functions(TorchFunctionMode):
