@@ -40,7 +40,11 @@ def backward(loss, *_, **__):
             given, call = gradients.pop(node), getattr(node, "apply", node)  # of a Function in Python
             found = call(*(fitted(given.get(i), like) for i, like in enumerate(node._input_metadata)))
             found = found if isinstance(found, tuple) else (found,)
-            for (following, i), gradient in zip(node.next_functions, found, strict=False):
+            edges = node.next_functions
+            if hasattr(node, "needs_input_grad"):  # of a Function in Python: it has edges for tensors alone
+                found = [gradient for gradient, need in zip(found, node.needs_input_grad, strict=False) if need]
+                edges = [edge for edge in edges if edge[0] is not None]
+            for (following, i), gradient in zip(edges, found, strict=False):
                 if following is None:
                     continue
                 if gradient is not None:
