@@ -1,6 +1,7 @@
 """The precision of training and sampling: what `auto` chooses, and what a run keeps when it goes on elsewhere."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,24 @@ def test_auto_is_the_fastest_that_a_device_has(computes, monkeypatch):
     assert precision.chosen("auto", GPU) == "fp32"
     for name in precision.PRECISIONS:
         assert precision.chosen(name, CPU) == name
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((6, 1), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((12, 0), "bf16")]
+)
+def test_auto_is_bfloat16_on_gpus_that_compute_in_it_and_not_where_it_is_emulated(capability, name, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device=None: SimpleNamespace(major=capability[0], minor=capability[1]),
+    )
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    assert precision.chosen("auto", GPU) == name
 
 
 def test_auto_trains_in_bfloat16_where_that_is_fast_and_says_so(computes, tmp_path):
