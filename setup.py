@@ -4,7 +4,8 @@ The sources of the CPU's kernels are compiled once for each instruction set; ddp
 fits the processor.
 
 A module that cannot be compiled here, for whatever reason, is left out, and the package runs without it: with the
-module for the next lower instruction set, or in plain PyTorch. ddpm_fast/_build.json says why it was left out.
+module for the next lower instruction set, or in plain PyTorch. ddpm_fast/_build.json says why it was left out, and for
+which GPUs the CUDA module was compiled.
 DDPM_FAST_BUILD_CUDA=0 leaves CUDA out, =1 makes its absence an error. TORCH_CUDA_ARCH_LIST names its architectures.
 """
 
@@ -28,7 +29,9 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.absolute()
 TARGET = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # the ABI of torch 2.11, which later ones keep
-CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
+# Turing, Ampere with Ada, Hopper, and Blackwell's two. Code runs on GPUs of the same major version, PTX on all that are
+# as new: that of 10.0 is for 11.0, which would have nothing otherwise.
+CUDA_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0+PTX", "12.0+PTX")
 # Without contraction of a * b + c into one operation, all backends round alike, to the last bit.
 # Nothing here reads errno or the floating-point exception flags, and preserving them blocks vectorisation.
 CXX_FLAGS = [
@@ -94,10 +97,10 @@ def find_cuda() -> None:
         os.environ["CUDA_HOME"] = os.path.realpath(top[1])
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         known = run(nvcc, "--list-gpu-code").split()
-        targets = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.replace('.', '')}" in known]
+        targets = [arch for arch in CUDA_ARCHITECTURES if "sm_" + re.sub(r"\.|\+PTX", "", arch) in known]
         if not targets:
             raise MissingError(f"nvcc of CUDA {release[1]} compiles for none of {', '.join(CUDA_ARCHITECTURES)}")
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(targets) + "+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(targets).removesuffix("+PTX") + "+PTX"
 
 
 def cpu_modules() -> list[Extension]:
@@ -139,7 +142,7 @@ def cuda_modules() -> list[Extension]:
     ]
 
 
-missing = {}  # module -> why it is left out; becomes _build.json
+missing = {}  # module -> why it is left out
 
 
 def leave_out(name: str, reason: str) -> None:
@@ -181,10 +184,11 @@ class BuildPy(build_py):
 
 
 def record(folder: str) -> None:
-    """Writes beside the modules why any is missing, for ddpm_fast.ops.native to report."""
+    """Writes beside the modules why any is missing and which GPUs they are for, for ddpm_fast.ops.native to report."""
     package = Path(folder, "ddpm_fast")
     package.mkdir(parents=True, exist_ok=True)
-    (package / "_build.json").write_text(json.dumps(missing))
+    architectures = {} if "cuda" in missing else {"cuda_architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
+    (package / "_build.json").write_text(json.dumps(missing | architectures))
 
 
 class BdistWheel(bdist_wheel):

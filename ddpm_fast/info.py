@@ -50,7 +50,8 @@ def devices() -> list[str]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            found.append(f"cuda:{i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+            capability = f"compute capability {properties.major}.{properties.minor}"
+            found.append(f"cuda:{i}: {properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
     return found
 
 

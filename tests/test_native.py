@@ -29,7 +29,8 @@ def test_the_tests_are_run_on_a_built_package():
 @pytest.mark.skipif("CI" not in os.environ, reason="a machine without compilers is fine, but not for CI")
 def test_ci_tests_the_compiled_modules():
     with_cuda = torch.version.cuda and shutil.which("nvcc")
-    assert set(json.loads((PACKAGE / "_build.json").read_text())) <= (set() if with_cuda else {"cuda"})
+    record = json.loads((PACKAGE / "_build.json").read_text())
+    assert set(record) == ({"cuda_architectures"} if with_cuda else {"cuda"})
     for name in ["cpu", "cuda"] if with_cuda else ["cpu"]:
         module = native.modules[name]
         assert (module.available, module.reason, module.better) == (True, "", "")
@@ -104,6 +105,56 @@ def test_info_says_why_a_faster_module_is_not_used(monkeypatch):
     assert description.endswith(
         "_cpu_avx2.abi3.so (no faster one: the module was not built: unrecognized option '-mavx512f')"
     )
+
+
+# Which GPUs the CUDA module has kernels for
+
+
+@pytest.fixture
+def unserved(tmp_path, monkeypatch):
+    """A function that gives the compute capabilities without kernels, for a module compiled for some architectures."""
+
+    def find(architectures, *capabilities):
+        gpus = [tuple(map(int, capability.split("."))) for capability in capabilities]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+        record = {} if architectures is None else {"cuda_architectures": architectures}
+        (tmp_path / "_build.json").write_text(json.dumps(record))
+        found = native.unserved_gpus(tmp_path)
+        assert all(f"GPU {index} has {capabilities[index]}" in reason for index, reason in found.items())
+        return {capabilities[index] for index in found}
+
+    return find
+
+
+def test_code_serves_its_major_version_and_ptx_all_that_is_newer(unserved):
+    everything = ("6.1", "7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1", "13.0")
+    assert unserved("7.5;8.0;9.0;10.0+PTX;12.0+PTX", *everything) == {"6.1", "7.0"}
+    assert unserved("7.5 8.0;9.0 10.0;12.0+PTX", *everything) == {"6.1", "7.0", "11.0"}
+    assert unserved("9.0", *everything) == {*everything} - {"9.0"}
+    assert unserved("8.6", *everything) == {*everything} - {"8.6", "8.9"}
+    assert unserved("8.6+PTX", *everything) == {"6.1", "7.0", "7.5", "8.0"}
+
+
+@pytest.mark.parametrize("architectures", [None, "", "native", "Ampere;9.0"])
+def test_architectures_without_numbers_leave_no_gpu_out(unserved, architectures):
+    assert unserved(architectures, "5.0", "9.0") == set()
+
+
+@pytest.mark.skipif(not native.modules["cuda"].available, reason="no CUDA module")
+def test_the_gpus_without_kernels_are_found_when_pytorch_initialises_cuda():
+    code = """
+import torch
+from ddpm_fast.ops import dispatch, native
+torch.cuda.device_count = lambda: 0  # for what else PyTorch does then
+torch._C._cuda_init = lambda: None
+native.unserved_gpus = lambda: {1: "too old"}
+assert not dispatch._unserved
+torch.cuda.init()
+assert dispatch._unserved == {1: "too old"}
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 # What the build makes of compilers that fail

@@ -92,8 +92,12 @@ def availability(name: str) -> tuple[bool, str]:
         return True, ""
     if name != "triton":
         module = native.modules[name]
-        if module.available and name == "cuda" and not torch.cuda.is_available():
-            return False, "built and loaded, but PyTorch finds no NVIDIA GPU"
+        if module.available and name == "cuda":
+            if not torch.cuda.is_available():
+                return False, "built and loaded, but PyTorch finds no NVIDIA GPU"
+            torch.cuda.init()
+            if len(_unserved) == torch.cuda.device_count():
+                return False, next(iter(_unserved.values()))
         return module.available, module.reason
     if not has_triton():
         return False, "Triton is not installed"
@@ -145,19 +149,37 @@ def by_triton_if_it_works(name: str, kernel: Callable[..., Any], *args: Any) -> 
     reason = triton_fault(args[0].device.type)
     if not reason:
         return by_triton(name, *args)
-    if reason not in _told:
-        _told.add(reason)
-        warnings.warn(f"ddpm_fast runs in plain PyTorch on {args[0].device.type} tensors: {reason}", stacklevel=2)
+    _tell(args[0].device.type, reason, stacklevel=3)
     return kernel(*args)
 
 
+def _tell(device: str, reason: str, stacklevel: int) -> None:
+    """Says, once, that plain PyTorch serves a device, and why."""
+    if not torch.compiler.is_compiling() and reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"ddpm_fast runs in plain PyTorch on {device} tensors: {reason}", stacklevel=stacklevel)
+
+
 _told: set[str] = set()
+
+# GPUs for which the CUDA module has no kernels, with the reason. They are found when PyTorch initialises CUDA, before
+# any tensor is there: code that torch.compile traces can look into a dictionary, but not ask a GPU what it is.
+_unserved: dict[int, str] = {}
+if native.modules["cuda"].available:
+    torch.cuda._lazy_call(lambda: _unserved.update(native.unserved_gpus()))
+
+
+def _fault_of_gpu(tensor: Tensor) -> str:
+    """Why the CUDA module has no kernels for a tensor's GPU; empty if it has, and on other devices."""
+    return _unserved.get(tensor.device.index, "") if _unserved and tensor.device.type == "cuda" else ""
 
 
 def _serves(name: str, tensor: Tensor) -> tuple[bool, str]:
     available, reason = availability(name)
     if not available:
         return available, reason
+    if name == "cuda" and (reason := _fault_of_gpu(tensor)):
+        return False, reason
     device = tensor.device.type
     own = {"reference": device, "cpu": "cpu", "cuda": "cuda"}.get(name) or _triton_device()
     return device in (own, "meta"), f"it works on {own} tensors, and was given {device} ones"
@@ -181,21 +203,26 @@ class Op(NamedTuple):
         """Whether the reference serves tensors like the one given.
 
         It does if it was asked for, if a transform of torch.func or forward-mode differentiation is active, if the op
-        is to be differentiated by more than its registered gradient covers, and for float64 data whatever the backend:
-        the kernels' arithmetic is float32.
+        is to be differentiated by more than its registered gradient covers, on a GPU for which the CUDA module has no
+        kernels, and for float64 data whatever the backend: the kernels' arithmetic is float32.
 
         Raises:
             RuntimeError: the backend that was asked for cannot serve the tensor.
         """
         name = chosen()
-        if name is None:
+        fault = _fault_of_gpu(like) if name is None else ""
+        if fault:
+            _tell(str(like.device), fault, stacklevel=5)
+        elif name is None:
             if like.device.type in _unannounced:
                 _announce(like.device.type)
         elif not torch.compiler.is_compiling():
             serves, reason = _serves(name, like)
             if not serves:
                 raise RuntimeError(f"{self.name}: backend {name!r} was asked for, but {reason}")
-        return differentiated or like.dtype == torch.float64 or name == "reference" or transformed()
+        if fault or differentiated or transformed():
+            return True
+        return like.dtype == torch.float64 or name == "reference"
 
     def kernel_of(self, name: str | None) -> Callable[..., Any]:
         """The strict op of a backend."""
@@ -215,8 +242,7 @@ def _announce(device: str) -> None:
     _unannounced.discard(device)
     if device == "cuda" and availability("triton")[0]:
         return
-    reason = native.modules[device].reason
-    warnings.warn(f"ddpm_fast runs in plain PyTorch on {device} tensors: {reason}", stacklevel=5)
+    _tell(device, native.modules[device].reason, stacklevel=6)
 
 
 def reference_gradient(

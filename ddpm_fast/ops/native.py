@@ -1,4 +1,4 @@
-"""The compiled modules: loads them when it is imported, and records why one is absent.
+"""The compiled modules: loads them when it is imported, and records why one is absent, or has no kernels for a GPU.
 
 A module is a shared library without Python in it. Loading it registers its kernels with PyTorch's dispatcher, which
 then prefers them to the reference; where there is no module, the reference runs. The CPU has a module for each
@@ -7,12 +7,13 @@ if it could not be built, the one for the next lower set.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["Module", "modules"]
+__all__ = ["Module", "modules", "unserved_gpus"]
 
 # The CPU's modules in the order of preference, from the instruction set that PyTorch uses on.
 CPU_MODULES = {"AVX512": ("cpu_avx512", "cpu_avx2", "cpu"), "AVX2": ("cpu_avx2", "cpu")}
@@ -56,6 +57,34 @@ def _candidates(name: str) -> tuple[str, ...]:
 
 
 modules = {name: _load(name) for name in ("cpu", "cuda")}
+
+
+def unserved_gpus(package: Path = Path(__file__).parents[1]) -> dict[int, str]:
+    """The GPUs for which the CUDA module has no kernels, by their index, with the reason. Initialises CUDA.
+
+    Code for a compute capability runs on GPUs of the same major and the same or a higher minor version, PTX on all
+    that are as new. If the architectures were named in another way than by numbers, all GPUs count as served.
+    """
+    built = json.loads((package / "_build.json").read_text()).get("cuda_architectures", "")
+    parts = [re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", part) for part in re.split(r"[; ]+", built)]
+    if not all(parts):
+        return {}
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        served = (
+            (int(part[1]) == major and int(part[2]) <= minor)
+            or (part[3] and (int(part[1]), int(part[2])) <= (major, minor))
+            for part in parts
+        )
+        if not any(served):
+            found[index] = (
+                f"the CUDA module was compiled for GPUs of compute capability {built}, and "
+                f"{torch.cuda.get_device_name(index)} has {major}.{minor} (TORCH_CUDA_ARCH_LIST={major}.{minor} before "
+                "pip install compiles for it, where nvcc still can)"
+            )
+    return found
+
 
 # Freeing one large block raises glibc's mmap threshold, so that freed buffers are reused. Without it, glibc returns
 # them to the system, which zeroes every page that it hands out again: a tenth of a network's time. The threshold

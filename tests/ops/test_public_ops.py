@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,12 +288,77 @@ def test_the_environment_can_choose():
 def test_a_fallback_is_said_once(monkeypatch):
     monkeypatch.setitem(native.modules, "cpu", native.Module(False, "the module was not built: no C++ compiler"))
     monkeypatch.setattr(dispatch, "_unannounced", {"cpu"})
+    monkeypatch.setattr(dispatch, "_told", set())
     args, kwargs = arguments("q_sample")
     with pytest.warns(UserWarning, match="plain PyTorch on cpu tensors: the module was not built: no C\\+\\+ compiler"):
         ops.q_sample(*args, **kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.q_sample(*args, **kwargs)
+
+
+@pytest.fixture
+def an_old_gpu(monkeypatch):
+    """A CUDA module without kernels for cuda:1, one of two GPUs; gives what stands for a tensor on each of them."""
+    fault = "the CUDA module was compiled for GPUs of compute capability 7.5, and Tesla V100 has 7.0"
+    monkeypatch.setitem(native.modules, "cuda", native.Module(True, "", "_cuda.abi3.so"))
+    monkeypatch.setattr(dispatch, "_unannounced", set())
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_unserved", {1: fault})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return [SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float32) for index in (0, 1)]
+
+
+def test_a_gpu_without_kernels_is_served_in_plain_pytorch_and_the_reason_is_said_once(an_old_gpu):
+    op, (new, old) = dispatch.OPS["q_sample"], an_old_gpu
+    with pytest.warns(UserWarning, match="plain PyTorch on cuda:1 tensors: .* 7.5, and Tesla V100 has 7.0"):
+        assert op(old) is op.reference
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert op(old) is op.reference
+        assert op(new) is op.automatic
+        assert op(torch.zeros(2)) is op.automatic
+        with ddpm_fast.backend("triton"):
+            assert op.kernel_of("triton") is op.triton
+
+
+def test_the_cuda_backend_asked_for_on_a_gpu_without_kernels_is_an_error_with_the_reason(an_old_gpu):
+    op, (new, old) = dispatch.OPS["q_sample"], an_old_gpu
+    with ddpm_fast.backend("cuda"):
+        assert op(new) is op.automatic
+        with pytest.raises(
+            RuntimeError, match="q_sample: backend 'cuda' was asked for, but the CUDA module was compiled"
+        ):
+            op(old)
+
+
+def test_the_cuda_backend_is_unavailable_only_where_no_gpu_has_kernels(an_old_gpu, monkeypatch):
+    assert dispatch.availability("cuda") == (True, "")
+    monkeypatch.setattr(dispatch, "_unserved", dict.fromkeys((0, 1), dispatch._unserved[1]))
+    assert dispatch.availability("cuda") == (False, dispatch._unserved[1])
+
+
+def test_compiled_code_calls_the_reference_on_a_gpu_without_kernels(monkeypatch):
+    """The CPU, whose index is None, stands for the GPU."""
+    monkeypatch.setattr(dispatch, "_fault_of_gpu", lambda tensor: dispatch._unserved.get(tensor.device.index, ""))
+    args, kwargs = arguments("group_norm_silu")
+
+    def graph_for(unserved):
+        monkeypatch.setattr(dispatch, "_unserved", unserved)
+        torch._dynamo.reset()
+        graphs = []
+
+        def keep(graph, _):
+            graphs.append(graph.code)
+            return graph.forward
+
+        torch.compile(lambda *args: call("group_norm_silu", args, kwargs), fullgraph=True, backend=keep)(*args)
+        return graphs[0]
+
+    assert "ddpm_fast.group_norm_silu" in graph_for({})
+    assert "ddpm_fast" not in graph_for({None: "no kernels"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a GPU")
