@@ -103,6 +103,22 @@ def find_cuda() -> None:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(targets).removesuffix("+PTX") + "+PTX"
 
 
+def code_for(architectures: str) -> list[str]:
+    """nvcc's options for architectures as TORCH_CUDA_ARCH_LIST has them; none for names, which are left to PyTorch.
+
+    PyTorch adds options of its own unless one of ours has "arch" in it, as CXX_FLAGS have in a folder named research.
+    """
+    options = []
+    for part in re.split(r"[; ]+", architectures):
+        found = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", part)
+        if found is None:
+            return []
+        number = found[1] + found[2]
+        kinds = ("sm", "compute") if found[3] else ("sm",)
+        options += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return options
+
+
 def cpu_modules() -> list[Extension]:
     find_compiler()
     from torch.utils.cpp_extension import CppExtension
@@ -136,7 +152,7 @@ def cuda_modules() -> list[Extension]:
             sources,
             include_dirs=[f"{ROOT}/csrc"],
             define_macros=[TARGET, ("USE_CUDA", None)],  # without it, PyTorch's headers hide their CUDA part
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + code_for(os.environ["TORCH_CUDA_ARCH_LIST"])},
             py_limited_api=True,
         )
     ]

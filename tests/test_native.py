@@ -186,14 +186,16 @@ def build(tmp_path):
 
     The compilers are shell scripts, each run with the arguments of a compiler.
     """
+    folder = tmp_path / "research"  # "arch" is what PyTorch looks for in nvcc's options
+    folder.mkdir()
     pytest.importorskip("setuptools", minversion="77")  # as pyproject.toml asks of a build
     if not (ROOT / "setup.py").exists():
         pytest.skip("the tests do not lie beside the sources")
     for name in ("csrc", "ddpm_fast"):
         ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, folder)
 
     def script(path, text):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,8 +209,8 @@ def build(tmp_path):
         environment |= {"DDPM_FAST_BUILD_CUDA": ""} | variables
         script(tmp_path / "cuda/bin/nvcc", nvcc)
         command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
-        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        return process, sorted((tmp_path / "dist").glob("*.whl"))
+        process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        return process, sorted((folder / "dist").glob("*.whl"))
 
     return run
 
@@ -237,6 +239,31 @@ esac
         "cpu_avx2": "compiling or linking failed: ld: cannot find -lc10",
         "cuda": NO_CUDA,
     }
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="torch has no CUDA")
+@pytest.mark.parametrize("asked_for", [None, "7.5;8.6+PTX"])
+def test_nvcc_compiles_for_each_architecture_that_the_wheel_names(build, tmp_path, monkeypatch, asked_for):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    known = "sm_75 sm_80 sm_86 sm_90 sm_100"  # those of an older CUDA
+    nvcc = f"""
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release {torch.version.cuda}, V0";;
+  *--list-gpu-code*) printf '%s\\n' {known};;
+  *) echo "$@" >> {tmp_path}/commands
+     while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done;;
+esac
+"""
+    process, (wheel,) = build(COMPILES, nvcc, **({"TORCH_CUDA_ARCH_LIST": asked_for} if asked_for else {}))
+    assert process.returncode == 0, process.stderr
+    libraries, record = content(wheel)
+    assert "_cuda.abi3.so" in libraries
+    assert record == {"cuda_architectures": asked_for or "7.5;8.0;9.0;10.0+PTX"}
+    code = {"75", "86", "ptx 86"} if asked_for else {"75", "80", "90", "100", "ptx 100"}
+    for command in (tmp_path / "commands").read_text().splitlines():
+        found = re.findall(r"-gencode=arch=compute_(\d+),code=(sm|compute)_(\d+)", command)
+        assert all(virtual == real for virtual, _, real in found)
+        assert {("ptx " if kind == "compute" else "") + real for _, kind, real in found} == code
 
 
 def test_a_wheel_without_any_module_is_tagged_as_plain_python(build):
