@@ -1,6 +1,6 @@
 """The GPU architectures that tests compile and simulate kernels for: one, or all with `pytest --all-architectures`."""
 
-ALL = (80, 90, 100)
+ALL = (75, 80, 90, 100, 120)
 chosen: tuple[int, ...] = (90,)
 
 

@@ -18,5 +18,7 @@ __global__ void __launch_bounds__(kThreads)
 template __global__ void plain_step_kernel<float, float>(const __grid_constant__ ReverseStep, int64_t, int64_t);
 template __global__ void plain_step_kernel<float, bfloat16>(const __grid_constant__ ReverseStep, int64_t, int64_t);
 template __global__ void plain_step_kernel<bfloat16, bfloat16>(const __grid_constant__ ReverseStep, int64_t, int64_t);
+template __global__ void plain_step_kernel<float, float16>(const __grid_constant__ ReverseStep, int64_t, int64_t);
+template __global__ void plain_step_kernel<float16, float16>(const __grid_constant__ ReverseStep, int64_t, int64_t);
 
 }  // namespace ddpm_fast

@@ -6,7 +6,7 @@ import architectures
 import pytest
 import simulated_cuda
 import torch
-from budgets import measure, settle
+from budgets import measure, most_of_a_reverse_step, settle
 from cuda_kernels.inputs import BF16, F16, F32, N, images, make_keys
 from harness import targets
 from ptxsim import static, toolchain
@@ -159,12 +159,15 @@ def test_kernels_keep_to_their_budgets(request):
 
 def test_a_reverse_step_and_its_noise_take_at_most_sixty_instructions_an_element(request):
     """Of SASS, all included: addresses, tables, Philox, Box-Muller, conversions and the failing assertion."""
-    rows = {}
+    rows, too_many = {}, []
     for arch in architectures.chosen:
         for report in static.from_cuda(
             ROOT / "tests/cuda_kernels/plain_step.cu", f"sm_{arch}", simulated_cuda.options()
         ):
-            rows.setdefault(short(report.name), {})[f"sm_{arch}"] = measure(report, 8)
-    assert len(rows) == 3
-    assert max(row["per_element"] for by_arch in rows.values() for row in by_arch.values()) <= 60
+            name = short(report.name)
+            rows.setdefault(name, {})[f"sm_{arch}"] = row = measure(report, 8)
+            if row["per_element"] > most_of_a_reverse_step(arch, re.search(r"<(\w+)", name)[1]):
+                too_many.append((name, arch, row["per_element"]))
+    assert len(rows) == 5
+    assert not too_many
     settle("plain_step", rows, update=request.config.getoption("update_budgets"))

@@ -99,7 +99,7 @@ def shape_of(x: Tensor, *, image: bool | None = None) -> Any:
 
 
 class Simulation:
-    """The CUDA backend for one architecture: 80, 90 or 100."""
+    """The CUDA backend for one architecture, by its number: 90 for sm_90."""
 
     def __init__(self, arch: int, kernels: Library | None = None) -> None:
         kernels = kernels or library()
