@@ -191,15 +191,20 @@ struct Summands {
   __device__ __forceinline__ void load(int count, int step, Vector<T, kWidth> (&out)[kCount]) const {
     read(x, count, step, out);
     if (!adds) return;
-    Vector<T, kWidth> more[kCount];
-    if (residual) read(residual, count, step, more);
+    constexpr int kMore = kCount < 4 ? kCount : 4;  // at a time, which spares registers
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
+    for (int begin = 0; begin < kCount; begin += kMore) {
+      Vector<T, kWidth> more[kMore];
+      if (residual) read(residual + begin * step * stride, count - begin, step, more);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        float value = to_float(out[k].element[j]) + bias[j];
-        if (residual) value += to_float(more[k].element[j]);
-        out[k].element[j] = from_float<T>(value);
+      for (int k = 0; k < kMore; ++k) {
+        Vector<T, kWidth>& v = out[begin + k];
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          float value = to_float(v.element[j]) + bias[j];
+          if (residual) value += to_float(more[k].element[j]);
+          v.element[j] = from_float<T>(value);
+        }
       }
     }
   }
@@ -255,8 +260,8 @@ __device__ __forceinline__ Map map_of(
   return {g.mean[group], rstd * a.factor, a.term};
 }
 
-// The part of a sample that a block of the last launch writes: all channels of some pixels, or (planar) some channels
-// with their planes, or with a piece of them if planes are large.
+// The part of a sample that a block of the last launch writes: channels of some pixels, or (planar) some channels with
+// their planes, or with a piece of them if planes are large.
 struct Part {
   int64_t first_channel, channels, begin, end;  // begin and end within the plane
 };
@@ -265,12 +270,13 @@ struct Parts {
   int64_t channels, per_piece, pieces, count;  // a part's channels and pixels; pieces of a plane; parts of a sample
 };
 
+constexpr int64_t kMostChannels = 1024;  // of a part, which has something in shared memory for each of them
+
 inline Parts parts_of(const Shape& shape) {
-  const int64_t per_piece = std::max<int64_t>(kSliceElements / (shape.planar ? 1 : shape.channels), 1);
+  const int64_t most = std::min(shape.channels, kMostChannels);
+  const int64_t channels = shape.planar ? std::clamp<int64_t>(kSliceElements / shape.plane, 1, most) : most;
+  const int64_t per_piece = std::max<int64_t>(kSliceElements / (shape.planar ? 1 : channels), 1);
   const int64_t pieces = divide_up(shape.plane, per_piece);
-  if (!shape.planar) return {shape.channels, per_piece, pieces, pieces};
-  const int64_t channels =
-      std::clamp<int64_t>(kSliceElements / shape.plane, 1, std::min<int64_t>(shape.channels, 1024));
   return {channels, per_piece, pieces, divide_up(shape.channels, channels) * pieces};
 }
 
@@ -314,11 +320,11 @@ __device__ __forceinline__ void for_vectors(
       runs(part.first_channel + c, part.begin + at.column * kWidth, at.columns * kWidth);
     }
   } else {
-    const Seat at = seat(shape.channels / kWidth);
-    for (int64_t c = at.column * kWidth; c < shape.channels && at.row < at.rows; c += at.columns * kWidth) {
+    const Seat at = seat(part.channels / kWidth);
+    for (int64_t c = at.column * kWidth; c < part.channels && at.row < at.rows; c += at.columns * kWidth) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) own[j] = of_channel[c + j];
-      runs(c, part.begin + at.row, at.rows);
+      runs(part.first_channel + c, part.begin + at.row, at.rows);
     }
   }
 }

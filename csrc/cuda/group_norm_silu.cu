@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         float x = to_float(held[k].element[j]);
-        if (g.input_bias) x = to_float(from_float<T>(x + biases[run.channel + j]));
+        if (g.input_bias) x = to_float(from_float<T>(x + biases[run.channel - part.first_channel + j]));
         const float z = fmaf(x - own[j].mean, own[j].factor, own[j].term);
         out.element[j] = from_float<T>(g.silu ? z * sigmoid(z) : z);
       }

@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     float sum_g[kWidth] = {}, sum_gx[kWidth] = {}, sum_x[kWidth] = {}, sum_grad[kWidth] = {};
     if (c < channels && at.row < at.rows) {
       Map map[kWidth];
-      float rstd[kWidth];
+      float rstd;
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) map[j] = map_of(g, plan.group_channels, sample, c + j, rstd[j]);
+      for (int j = 0; j < kWidth; ++j) map[j] = map_of(g, plan.group_channels, sample, c + j, rstd);
       Summands<T, kWidth> summands(g, sample, c, begin + at.row);
       const int64_t first = (sample * g.shape.plane + begin + at.row) * channels + c;
       for (int p = at.row; p < pixels; p += kCount * at.rows) {
@@ -162,7 +162,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         }
       }
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum_gx[j] *= rstd[j];
+      for (int j = 0; j < kWidth; ++j)
+        sum_gx[j] *=
+            g.rstd[sample * g.groups + static_cast<uint32_t>(c + j) / static_cast<uint32_t>(plan.group_channels)];
     }
     sum_rows<kWidth>(at, base, channels, sum_g, sum_gx, reinterpret_cast<Sums*>(of_thread), plan.of_slice + slice);
     if constexpr (kBias) {
@@ -360,7 +362,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           float x = to_float(held[k].element[j]);
-          if (adds) x = to_float(from_float<T>(x + biases[run.channel + j]));
+          if (adds) x = to_float(from_float<T>(x + biases[run.channel - part.first_channel + j]));
           const Map& map = own[j].map;
           const float difference = x - map.mean;
           const float inner = through_silu(to_float(grads[k].element[j]), difference, map.factor, map.term, g.silu);
