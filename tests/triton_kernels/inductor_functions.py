@@ -29,3 +29,8 @@ def group_norm_silu(x, weight, bias):
 def group_norm_silu_backward(grad, x, mean, rstd, weight, bias):
     grads = reference.group_norm_silu_backward(grad, x, mean, rstd, weight, bias, None, None, 32, True)
     return grads[:3]
+
+
+def add_group_norm_silu(x, input_bias, residual, skip, weight, bias):
+    h = reference.add_inputs(x, input_bias, residual, skip)
+    return reference.group_norm_silu(h, weight, bias, None, None, 32, 1e-5, True)[0], h

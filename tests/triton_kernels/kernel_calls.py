@@ -60,3 +60,45 @@ def group_norm(dtype, layout, shape=(2, 128, 32, 32)):
         return torch.autograd.grad(forward(), (x, weight, bias), grad)
 
     return forward, backward, x
+
+
+# (shape of the sum, channels of skip): those of the U-Net of Ho et al., and one that is too large for one program
+SLABS = {
+    "128 x 32 x 32": ((1, 128, 32, 32), 0),
+    "256 x 16 x 16": ((1, 256, 16, 16), 0),
+    "256 x 8 x 8": ((1, 256, 8, 8), 0),
+    "256 x 4 x 4": ((1, 256, 4, 4), 0),
+    "256 + 128 x 32 x 32": ((1, 384, 32, 32), 128),
+}
+LARGE = {"32 + 32 x 48 x 48": ((1, 64, 48, 48), 32)}
+
+
+def add_group_norm(dtype, shape, of_skip):
+    """(forward, backward, the bytes of the sum): of all that the op adds, with a scale and a shift."""
+    n, c, *size = shape
+    channels = c - of_skip
+
+    def leaf(*shape, dtype=dtype):
+        x = images(*shape, dtype=dtype) if len(shape) == 4 else torch.randn(shape).to(dtype)
+        return x.requires_grad_()
+
+    x, residual = leaf(n, channels, *size), leaf(n, channels, *size)
+    skip = leaf(n, of_skip, *size) if of_skip else None
+    parameters = [leaf(c, dtype=F32), leaf(c, dtype=F32)]
+    more = {
+        "scale": leaf(n, c),
+        "shift": leaf(n, c),
+        "input_bias": leaf(channels, dtype=F32),
+        "residual": residual,
+        "skip": skip,
+    }
+    grads = images(*shape, dtype=dtype), images(*shape, dtype=dtype)
+    leaves = [y for y in (x, *parameters, *more.values()) if y is not None]
+
+    def forward():
+        return ops.add_group_norm_silu(x, *parameters, 32, **more)
+
+    def backward():
+        return torch.autograd.grad(forward(), leaves, grads)
+
+    return forward, backward, grads[0].nbytes

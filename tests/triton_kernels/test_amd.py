@@ -8,14 +8,15 @@ pytest.importorskip("triton")
 import ptxsim.triton
 import triton
 from compiled import simulated
-from kernel_calls import BF16, F32, elementwise, group_norm, images, make_keys
+from kernel_calls import BF16, F32, LARGE, SLABS, add_group_norm, elementwise, group_norm, images, make_keys
 from triton.backends.compiler import GPUTarget
 
 from ddpm_fast import ops
 
 KERNELS = {
     "_fold_in", "_normal", "_q_sample", "_weighted_loss", "_add_parts", "_reverse_step", "_vlb_terms", "_statistics",
-    "_merge", "_apply", "_sum_gradients", "_spread_gradients", "_apply_gradients",
+    "_merge", "_apply", "_sum_gradients", "_spread_gradients", "_apply_gradients", "_norm_of_slab",
+    "_gradients_of_slab", "_add_samples",
 }  # fmt: skip
 
 
@@ -35,6 +36,8 @@ def sources():
             for call, *_ in elementwise(F32, BF16, n=1, size=16).values():
                 call()
             group_norm(BF16, torch.channels_last, (1, 128, 40, 40))[1]()
+            for shape, of_skip in ((SLABS | LARGE)[name] for name in ("256 + 128 x 32 x 32", *LARGE)):
+                add_group_norm(BF16, shape, of_skip)[1]()
             ops.fold_in(make_keys(2), torch.arange(2))
             ops.normal(make_keys(2), 5)
             pred = images(1, 3, 64, 64, dtype=BF16).requires_grad_()

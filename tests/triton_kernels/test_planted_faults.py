@@ -75,13 +75,50 @@ def test_a_logarithm_without_relative_precision_is_found(plant):
     assert (z - reference.normal(keys, 40_000)).abs().max() > 4e-6
 
 
-def test_statistics_without_a_shift_are_found(plant):
-    x = images(2, 12, 20, 20) + 1e5
-    kernels = plant("group_norm_silu.py", "values - spread", "values")
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "size"),
+    [
+        ("group_norm_planes.py", "values - spread", "values", 80),
+        ("group_norm_slab.py", "squares - correction * total", "squares", 20),
+        ("group_norm_slab.py", "center += correction", "center += 0", 20),
+    ],
+)
+def test_statistics_that_do_not_bear_a_large_mean_are_found(plant, file, right, wrong, size):
+    x = images(2, 12, size, size) + 1e5
+    kernels = plant(file, right, wrong)
+    given = (torch.ones(12), torch.zeros(12), None, None, 4, 1e-5, True)
     with simulated(90):
-        _, _, rstd = kernels.group_norm_silu(x, torch.ones(12), torch.zeros(12), None, None, 4, 1e-5, True)
-    exact = reference.group_norm_silu(x.double(), torch.ones(12), torch.zeros(12), None, None, 4, 1e-5, True)[2]
-    assert not torch.allclose(rstd.double(), exact, rtol=1e-6, atol=0)
+        _, *found = kernels.group_norm_silu(x, *given)
+    _, *exact = reference.group_norm_silu(x.double(), *given)
+    right_mean = (found[0] - exact[0]).abs().max() <= 2.0**-8
+    assert not (right_mean and torch.allclose(found[1].double(), exact[1], rtol=1e-6, atol=0))
+
+
+def test_a_residual_read_past_its_channels_is_found(plant):
+    """Where the slab has channels of skip too."""
+    x, residual, skip = (images(1, 8, 4, 4) for _ in range(3))
+    kernels = plant("group_norm_parts.py", "mask & (channel < channels)", "mask")
+    given = (torch.ones(16), torch.zeros(16), None, None, 1, 1e-5, True, True)
+    expected = reference.add_inputs(x, None, residual, skip)
+    with simulated(90):
+        try:
+            h = kernels.add_group_norm_silu(x, None, residual, skip, *given)[1]
+        except ptxsim.OutOfBounds:
+            return
+    assert not torch.equal(h, expected)
+
+
+def test_a_sum_in_another_order_is_found(plant):
+    x, residual, input_bias = images(1, 8, 8, 8), images(1, 8, 8, 8), torch.randn(8)
+    kernels = plant(
+        "group_norm_parts.py",
+        "            total += more.to(tl.float32)",
+        "            total = h.to(tl.float32) + (of_bias + more)",
+    )
+    given = (torch.ones(8), torch.zeros(8), None, None, 1, 1e-5, True, True)
+    with simulated(90):
+        h = kernels.add_group_norm_silu(x, input_bias, residual, None, *given)[1]
+    assert not torch.equal(h, reference.add_inputs(x, input_bias, residual, None))
 
 
 def test_offsets_in_32_bits_are_found(plant):

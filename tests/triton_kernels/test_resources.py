@@ -14,7 +14,20 @@ from budgets import measure, most_of_a_reverse_step, settle
 pytest.importorskip("triton")
 
 from compiled import simulated
-from kernel_calls import BF16, F32, LAYOUTS, TYPES, N, elementwise, group_norm, images, make_keys
+from kernel_calls import (
+    BF16,
+    F32,
+    LARGE,
+    LAYOUTS,
+    SLABS,
+    TYPES,
+    N,
+    add_group_norm,
+    elementwise,
+    group_norm,
+    images,
+    make_keys,
+)
 from ptxsim import inductor, toolchain
 
 from ddpm_fast import ops
@@ -45,6 +58,33 @@ def elements_of_a_thread(name, layout, types, warps):
     return 1024 // (32 * warps)
 
 
+@functools.cache
+def norms(cc):
+    """ "what, dtype" -> what the forward and the backward pass have launched."""
+    found = {}
+    for dtype in (F32, BF16):
+        calls = {
+            "planar": group_norm(dtype, torch.contiguous_format, (1, 64, 16, 32)),
+            "channels-last": group_norm(dtype, torch.channels_last, (1, 64, 48, 48)),
+            "256 x 8 x 8": group_norm(dtype, torch.channels_last, (1, 256, 8, 8)),
+        }
+        calls |= {f"adding, {name}": add_group_norm(dtype, *case) for name, case in (SLABS | LARGE).items()}
+        for name, (_, backward, _) in calls.items():
+            with simulated(cc) as launched:
+                backward()
+            found[f"{name}, {str(dtype).removeprefix('torch.')}"] = launched
+    return found
+
+
+@needs_ptxas
+@everywhere
+def test_no_kernel_of_a_norm_spills_its_registers(cc):
+    spilling = {
+        (case, one.stats.kernel) for case, launched in norms(cc).items() for one in launched if one.report.spills
+    }
+    assert not spilling
+
+
 @needs_ptxas
 def test_no_kernel_uses_more_of_the_machine_than_its_budget(request):
     rows = {}
@@ -52,13 +92,10 @@ def test_no_kernel_uses_more_of_the_machine_than_its_budget(request):
         for case, one in elementwise_kernels(cc).items():
             row = measure(one.report, elements_of_a_thread(*case, one.warps)) | {"shared": one.shared}
             rows.setdefault(", ".join(case), {})[f"sm_{cc}"] = row
-        for dtype in (F32, BF16):
-            for layout, memory_format in LAYOUTS.items():
-                with simulated(cc) as launched:
-                    group_norm(dtype, memory_format, (1, 64, 16, 32))[1]()
-                for one in launched:
-                    name = f"group_norm_silu{one.stats.kernel}, {layout}, {str(dtype).removeprefix('torch.')}"
-                    rows.setdefault(name, {})[f"sm_{cc}"] = measure(one.report) | {"shared": one.shared}
+        for case, launched in norms(cc).items():
+            for one in launched:
+                name = f"group_norm_silu{one.stats.kernel}, {case}"
+                rows.setdefault(name, {})[f"sm_{cc}"] = measure(one.report) | {"shared": one.shared}
     spilling = [(name, arch) for name, row in rows.items() for arch in row if row[arch]["spills"]]
     assert not spilling
     settle("triton", rows, update=request.config.getoption("update_budgets"))
@@ -113,9 +150,50 @@ def test_each_op_moves_the_least_bytes_in_one_launch(layout, types):
         assert stores <= stats.unique_stored_bytes <= stores + tables, name
 
 
+@pytest.mark.parametrize("name", SLABS)
+def test_a_slab_is_read_and_written_once_in_one_launch_forward_and_two_backward(name):
+    shape, of_skip = SLABS[name]
+    forward, backward, size = add_group_norm(BF16, shape, of_skip)
+    of_x = size * (shape[1] - of_skip) // shape[1]
+    small = 2**14  # parameters, statistics, sums
+    with torch.no_grad(), simulated(90) as launched:
+        forward()
+    assert [one.stats.kernel for one in launched] == ["_norm_of_slab"]
+    stats = launched[0].stats
+    assert size + of_x <= stats.unique_loaded_bytes <= size + of_x + small  # x, skip and the residual
+    assert 2 * size <= stats.unique_stored_bytes <= 2 * size + small  # y and h
+    with simulated(90) as launched:
+        backward()
+    assert [one.stats.kernel for one in launched[1:]] == ["_gradients_of_slab", "_add_samples"]
+    stats = launched[1].stats
+    assert 3 * size <= stats.unique_loaded_bytes <= 3 * size + small  # h and the two gradients
+    assert size <= stats.unique_stored_bytes <= size + small
+    assert launched[2].stats.unique_loaded_bytes <= small
+
+
+def test_a_plane_too_large_for_a_slab_is_added_by_the_launch_that_reads_it_first():
+    shape, of_skip = LARGE["32 + 32 x 48 x 48"]
+    forward, backward, size = add_group_norm(BF16, shape, of_skip)
+    of_x, small = size // 2, 2**15
+    with torch.no_grad(), simulated(90) as launched:
+        forward()
+    assert [one.stats.kernel for one in launched] == ["_statistics", "_merge", "_apply"]
+    first, _, last = (one.stats for one in launched)
+    assert size + of_x <= first.unique_loaded_bytes <= size + of_x + small
+    assert size <= first.unique_stored_bytes <= size + small  # h
+    assert size <= last.unique_loaded_bytes <= size + small
+    assert size <= last.unique_stored_bytes <= size + small  # y
+    with simulated(90) as launched:
+        backward()
+    sums, spread, apply = (one.stats for one in launched[3:])
+    assert all(3 * size <= s.unique_loaded_bytes <= 3 * size + small for s in (sums, apply))
+    assert spread.unique_loaded_bytes <= small
+    assert size <= apply.unique_stored_bytes <= size + small
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_group_norm_moves_the_least_bytes_in_two_launches_and_three(layout):
-    forward, backward, x = group_norm(BF16, LAYOUTS[layout], (2, 64, 32, 32))
+def test_group_norm_of_large_groups_moves_the_least_bytes_in_two_launches_and_three(layout):
+    forward, backward, x = group_norm(BF16, LAYOUTS[layout], (1, 160, 32, 32))
     small = 2**14  # parameters, statistics, sums
     with torch.no_grad(), simulated(90) as launched:
         forward()
@@ -145,6 +223,8 @@ def test_torchinductor_needs_as_many_bytes_and_launches_or_more(capsys):
     forward, backward, y = group_norm(BF16, torch.channels_last)
     y, grad, weight = y.detach(), images(*y.shape, dtype=BF16), torch.ones(128)
     mean = torch.zeros(2, 32)
+    parts = [images(2, n, 32, 32, dtype=BF16) for n in (256, 256, 128)]
+    of_x, of_sum = torch.randn(256), torch.ones(384)
     calls = {name: call for name, (call, *_) in elementwise(BF16, BF16).items()}
     cases = {
         "q_sample": (calls["q_sample"], (x, keys, t, rows[:, :2].contiguous())),
@@ -153,6 +233,12 @@ def test_torchinductor_needs_as_many_bytes_and_launches_or_more(capsys):
         "vlb_terms": (calls["vlb_terms"], (x.float(), x.float().clone(), x, t, rows)),
         "group_norm_silu": (forward, (y, weight, weight)),
         "group_norm_silu_backward": (backward, (grad, y, mean, mean, weight, weight)),
+        "add_group_norm_silu": (
+            lambda: ops.add_group_norm_silu(
+                parts[0], of_sum, of_sum, 32, input_bias=of_x, residual=parts[1], skip=parts[2]
+            ),
+            (parts[0], of_x, *parts[1:], of_sum, of_sum),
+        ),
     }
     lines = [
         f"{'':26}{'launches':>20}{'bytes':>22}",
@@ -165,10 +251,10 @@ def test_torchinductor_needs_as_many_bytes_and_launches_or_more(capsys):
             call()
         stats = [one.stats for one in launched]
         if name == "group_norm_silu_backward":
-            stats = stats[-3:]
+            stats = stats[1:]
         bytes_ = sum(s.unique_loaded_bytes + s.unique_stored_bytes for s in stats)
         lines.append(f"{name:26}{len(stats):10}{theirs.launches:10}{bytes_:11}{theirs.bytes:11}")
-        assert len(stats) <= max(theirs.launches, 3), name
+        assert len(stats) <= theirs.launches, name
         assert bytes_ <= 1.02 * theirs.bytes, name
     with capsys.disabled():
         print("\n" + "\n".join(lines))

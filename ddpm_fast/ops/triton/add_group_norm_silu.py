@@ -1,12 +1,14 @@
-"""Group norm of a sum and a concatenation: the sum in plain PyTorch, the norm by its Triton kernels."""
+"""Group norm of a sum and a concatenation: in one launch where whole groups of a sample fit into a program."""
 
 __all__ = ["add_group_norm_silu", "add_group_norm_silu_backward"]
 
+import torch
 from torch import Tensor
 
-from .. import reference
 from ..layout import memory_format
-from .group_norm_silu import group_norm_silu, group_norm_silu_backward
+from .group_norm_planes import normalise_planes
+from .group_norm_planes_backward import plane_gradients
+from .group_norm_slab import normalise_slabs, slab_gradients, slab_of
 
 
 def add_group_norm_silu(
@@ -23,9 +25,24 @@ def add_group_norm_silu(
     silu: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h = reference.add_inputs(x, input_bias, residual, skip).contiguous(memory_format=memory_format(x))
-    y, mean, rstd = group_norm_silu(h, weight, bias, scale, shift, groups, eps, silu)
-    return y, h if keep else x.new_empty(0), mean, rstd
+    channels = len(weight)
+    y = _like(x, channels)
+    h = torch.empty_like(y) if keep else None
+    mean = x.new_empty((len(x), groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if y.numel() == 0:
+        mean.fill_(float("nan"))
+        rstd.fill_(float("nan"))
+    else:
+        given = (x, input_bias, residual, skip, weight, bias, scale, shift, y, h, mean, rstd, _row_stride(input_bias))
+        adds = h is not None or input_bias is not None
+        planar, plane = not adds and _is_planar(x), y[0, 0].numel()
+        slab = None if planar else slab_of(x.shape[1], groups, False, y, x, residual, skip, h)
+        if slab is None:
+            normalise_planes(planar, *given, plane, groups, eps, silu)
+        else:
+            normalise_slabs(slab, *given, eps, silu)
+    return y, x.new_empty(0) if h is None else h, mean, rstd
 
 
 def add_group_norm_silu_backward(
@@ -44,17 +61,39 @@ def add_group_norm_silu_backward(
     kept: bool,
     channels: int,
 ) -> tuple[Tensor, ...]:
-    form = memory_format(x)
-    h = x if kept else reference.add_inputs(x, input_bias, None, None)
-    # In float32, so that the sums are rounded once.
-    h, grad = (v.float().contiguous(memory_format=form) for v in (h, grad))
-    parameters = (weight, bias, scale, shift)
-    given = (None if p is None else p.float() for p in parameters)
-    of_h, *grads = group_norm_silu_backward(grad, h, mean, rstd, *given, groups, silu)
-    grads = [x.new_empty(0) if p is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
-    if grad_sum is not None:
-        of_h = of_h + grad_sum
-    grad_x, grad_skip = of_h[:, :channels], of_h[:, channels:]
-    grad_input_bias = x.new_empty(0) if input_bias is None else reference.sum_to_bias(grad_x, input_bias)
-    grad_x, grad_skip = (part.to(x.dtype).contiguous(memory_format=form) for part in (grad_x, grad_skip))
-    return grad_x, grad_skip, grad_input_bias, *grads
+    """
+    Args:
+        x: the sum, if `kept`; otherwise input_bias is added to it.
+        channels: of the x that was given to the forward pass; those of skip follow.
+    """
+    grad_x = _like(x, channels)
+    grad_skip = _like(x, x.shape[1] - channels)
+    parameters = (input_bias, weight, bias, scale, shift)
+    grads = [None if p is None else p.new_empty(p.shape) for p in parameters]
+    if x.numel() == 0:
+        for p in grads:
+            if p is not None:
+                p.zero_()
+    else:
+        given = (grad, grad_sum, x, input_bias, mean, rstd, weight, bias, scale, shift)
+        results = (grad_x, grad_skip if channels < x.shape[1] else None, *grads)
+        planar, plane, stride = _is_planar(x), x[0, 0].numel(), _row_stride(input_bias)
+        slab = None if planar else slab_of(channels, groups, True, x, grad, grad_sum, grad_x, grad_skip)
+        if slab is None:
+            plane_gradients(planar, *given, *results, stride, plane, groups, silu, kept)
+        else:
+            slab_gradients(slab, *given, *results, stride, silu, kept)
+    return grad_x, grad_skip, *(x.new_empty(0) if p is None else p for p in grads)
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _is_planar(x: Tensor) -> bool:
+    return x.shape[1] == 1 or x.stride(1) != 1
+
+
+def _row_stride(input_bias: Tensor | None) -> int:
+    return 0 if input_bias is None or input_bias.dim() == 1 else input_bias.stride(0)
