@@ -291,8 +291,8 @@ constexpr int kInFlight = 4;  // vectors that a thread reads before it uses the 
 
 // Vectors of a thread in one channel, or of the same channels: at `first`, `first + step`, ... elements of the sample.
 struct Run {
-  int64_t channel, pixel, step;  // step: in pixels
-  int count;                     // up to kInFlight
+  int64_t pixel;
+  int channel, step, count;  // step: in pixels; count: up to kInFlight
 
   template <bool kPlanar>
   __device__ __forceinline__ int64_t offset(int64_t channels, int64_t plane, int k) const {
@@ -306,10 +306,11 @@ template <bool kPlanar, int kWidth, typename PerChannel, typename F>
 __device__ __forceinline__ void for_vectors(
     const Shape& shape, const Part& part, const PerChannel* of_channel, const F& f) {
   PerChannel own[kWidth];
-  const auto runs = [&](int64_t channel, int64_t begin, int64_t step) {
-    for (int64_t i = begin; i < part.end; i += kInFlight * step) {
-      const int64_t left = (part.end - i + step - 1) / step;
-      f(Run{channel, i, step, static_cast<int>(min(left, static_cast<int64_t>(kInFlight)))}, own);
+  const auto runs = [&](int64_t channel, int64_t begin, int step) {
+    const int pixels = static_cast<int>(part.end - part.begin);
+    for (int i = static_cast<int>(begin - part.begin); i < pixels; i += kInFlight * step) {
+      const int count = min((pixels - i + step - 1) / step, kInFlight);
+      f(Run{part.begin + i, static_cast<int>(channel), step, count}, own);
     }
   };
   if constexpr (kPlanar) {

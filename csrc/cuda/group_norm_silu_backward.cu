@@ -349,7 +349,6 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       Vector<T, kWidth> held[kCount], grads[kCount], more[kCount];
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        held[k] = grads[k] = more[k] = {};
         if (half + k >= run.count) continue;
         const int64_t i = start + run.offset<kPlanar>(channels, plane, half + k);
         held[k] = *reinterpret_cast<const Vector<T, kWidth>*>(static_cast<const T*>(g.x) + i);

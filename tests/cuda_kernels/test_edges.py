@@ -104,8 +104,8 @@ def test_group_norm_of_any_size(shape, groups, dtype, of_parameters, layout):
     check(*norms(shape, groups, dtype, of_parameters, layout))
 
 
-# What the statistics' kernel keeps of each channel lies in shared memory: 8 bytes, and 16 KiB besides. A block has 64 KiB
-# of it on Turing, for 6144 channels; more are an error of the launch.
+# What the statistics' kernel keeps of each channel lies in shared memory: 8 bytes, and 16 KiB besides. A block has
+# 64 KiB of it on Turing, for 6144 channels; more are an error of the launch.
 FEW_CHANNELS = pytest.mark.xfail(raises=ptxsim.LaunchError, reason="more shared memory than the GPU has")
 
 

@@ -126,7 +126,7 @@ def test_importing_the_package_does_not_import_triton():
 
 
 def every_op(layout):
-    """A function that calls each op on some of three samples, whose sums are made of several parts; norms of slabs too."""
+    """A function that calls each op on some of three samples, whose sums have several parts; norms of slabs too."""
     x, pred, grad = (images(3, 12, 56, 56, layout=layout) for _ in range(3))
     keys, t, rows, op = make_keys(3), torch.tensor([2, 0, 1]), torch.rand(3, 6), torch.ops.ddpm_fast_triton
     weight = torch.randn(12)
