@@ -11,6 +11,7 @@ __all__ = [
     "restore",
     "samplers",
     "schedules",
+    "verify",
 ]
 
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from . import noise, ops, samplers, schedules
 from .diffusion import GaussianDiffusion
 from .nn.optimize import optimize, restore
 from .nn.unet import UNet
+from .nn.verification import verify
 from .ops import backend
 
 __version__ = version("ddpm_fast")

@@ -74,8 +74,6 @@ class CallGraphs:
         key = (_form((args, kwargs)), torch.is_inference_mode_enabled(), graph_keys.switches(), stream)
         with self._lock:
             network = self._of_now(model)
-            if network.training:
-                return None
             if network.obstacle is not None:
                 raise CannotCapture(network.obstacle)
             if network.devices - {x.device}:
@@ -111,21 +109,21 @@ class CallGraphs:
 
 class _Network(NamedTuple):
     key: graph_keys.NetworkKey
-    training: bool  # whether any module is in training mode
     devices: set[torch.device]
-    obstacle: str | None  # what a graph would leave out
+    obstacle: str | None  # why it is not to be captured
 
     @classmethod
     def of(cls, model: nn.Module) -> "_Network":
         obstacle = None
         for name, module in model.named_modules():
-            # The hooks of the model itself are called outside the graph.
-            hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            if hooks and module is not model:
+            if module is model:  # its hooks are called outside the graph
+                continue
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
                 obstacle = f"{name} has a hook, or a forward of its own, whose Python a graph leaves out"
-                break
+            elif module.training:
+                obstacle = f"{name} is in training mode"
         devices = {x.device for x in (*model.parameters(), *model.buffers())}
-        return cls(graph_keys.NetworkKey(model), any(m.training for m in model.modules()), devices, obstacle)
+        return cls(graph_keys.NetworkKey(model), devices, obstacle)
 
 
 class _Graph:

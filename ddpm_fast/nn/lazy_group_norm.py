@@ -3,8 +3,11 @@
 The fusion therefore does not depend on how the surrounding code is written. See `optimize`.
 """
 
-__all__ = ["PendingGroupNorm", "computed", "only_casts", "trains_in_float32"]
+__all__ = ["PendingGroupNorm", "computed", "only_casts", "trains_in_float32", "watched"]
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +20,21 @@ from ..ops.layout import eager_on_cpu, memory_format
 from ..ops.transforms import transformed
 from .mixed_dtypes import each
 from .one_plus_scale import noted_scale, readable
+
+# Called with (norm, x, scale, shift, silu) before SiLU(norm(x) * (1 + scale) + shift), or the part of it that there is.
+Watcher = Callable[["PendingGroupNorm", Tensor, Tensor | None, Tensor | None, bool], None]
+
+_watcher: ContextVar[Watcher | None] = ContextVar("what is told of group norms that are computed", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher | None) -> Iterator[None]:
+    """Within this context, the watcher is called with whatever is about to be computed by one kernel."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def trains_in_float32(x: Tensor) -> bool:
@@ -43,9 +61,17 @@ class PendingGroupNorm(nn.GroupNorm):
             parameters = (p.to(x.dtype) for p in (self.weight, self.bias))
             return F.group_norm(x, self.num_groups, *parameters, self.eps)
         # Hooks may store the tensors that they are given.
-        watched = self._forward_hooks or self._backward_hooks or nn.modules.module._has_any_global_hook()
-        lazy = _Pending.of(self, x, self.weight, self.bias) if not watched and type(x) is Tensor and _eager() else None
-        return _compute(self, x, self.weight, self.bias, False) if lazy is None else lazy
+        hooks = self._forward_hooks or self._backward_hooks or nn.modules.module._has_any_global_hook()
+        if not hooks and type(x) is Tensor and _eager():
+            return _Pending.of(self, x, self.weight, self.bias)
+        _tell(self, x, None, None, False)
+        return _compute(self, x, self.weight, self.bias, False)
+
+
+def _tell(norm: PendingGroupNorm, x: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool) -> None:
+    watcher = None if torch.compiler.is_compiling() else _watcher.get()
+    if watcher is not None:
+        watcher(norm, x, scale, shift, silu)
 
 
 def _eager() -> bool:
@@ -177,6 +203,7 @@ class _Pending(Tensor):
                     "result, which ddpm_fast.optimize computes then: use it first, or write to a copy"
                 )
         fused = (self._scale, self._shift) if self._factor is None else (None, None)
+        _tell(self._norm, self._x, *fused, silu)
         return _compute(self._norm, self._x, self._weight, self._bias, silu, *fused)
 
     @classmethod

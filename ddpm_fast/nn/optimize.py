@@ -7,7 +7,6 @@ that is called from outside casts what it is given.
 
 __all__ = ["computes_in_bfloat16", "optimize", "restore"]
 
-import dataclasses
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -15,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from . import packed_weights as packing
-from .optimized_modules import OPTIMIZED_LAYERS, SHARED, STATE, Shared, calling, replacement
+from .former import Former, State, network_of, replace
+from .optimized_modules import AS_IT_WAS, OPTIMIZED_LAYERS, SHARED, STATE, Shared, calling, replacement
+from .verification import verify_first_call
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def optimize(model: M, dtype: torch.dtype | None = None) -> M:
+def optimize(model: M, dtype: torch.dtype | None = None, *, verify: bool = False) -> M:
     """Makes a network fast in place: channels-last, in a faster dtype, with packed weights and fused group norms.
 
     For networks of other packages, such as diffusers' UNet2DModel, denoising_diffusion_pytorch's Unet or OpenAI's
@@ -57,6 +58,10 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
             is optimised.
         dtype: of the weights and the arithmetic. None is bfloat16 for a float32 model on a processor that computes in
             it (AMX or AVX512-BF16, GPUs since Ampere), and otherwise the model's own.
+        verify: whether modules are to be left as they were that turn out to be wrong or slower than before, in the
+            first call without gradients in evaluation mode, which takes some twenty times as long as others. A warning says
+            which. It is what `ddpm_fast.verify(model, x, t)` does at once, with a report; a call that
+            GaussianDiffusion.sample captures as a CUDA graph cannot be verified, so use that before.
 
     Returns:
         `model` itself. A deep copy or a pickle of it is optimised too. What it was is kept in it: the float32 weights
@@ -66,7 +71,7 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
         TypeError: not a module, or one of TorchScript, torch.compile or DistributedDataParallel.
         ValueError: a dtype that is not floating, a model optimised before, or parameters on the meta device.
     """
-    network = _network(model)
+    network = network_of(model)
     floats = [p for p in network.parameters() if p.is_floating_point()]
     if any(p.is_meta for p in network.parameters()):
         raise ValueError(
@@ -84,7 +89,7 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
     reduced = None if dtype == former or not floats else dtype
     said = network.dtype if isinstance(getattr(type(network), "dtype", None), property) else None
     kinds = [(module, replacement(module)) for module in network.modules()]
-    shared, state = Shared(reduced, said), _State(former, reduced, [], [])
+    shared, state = Shared(reduced, said), State(former, reduced, [], [])
     for module, kind in kinds:
         if kind is not None:
             state.modules.append((module, type(module)))
@@ -98,10 +103,12 @@ def optimize(model: M, dtype: torch.dtype | None = None) -> M:
         layout = torch.channels_last if reordered else torch.preserve_format
         new = old.to(dtype or old.dtype, memory_format=layout)
         kept = old if new.dtype != old.dtype else None
-        state.tensors.append(_Former(module, name, old.dtype, old.stride(), new.dtype, kept))
+        state.tensors.append(Former(module, name, old.dtype, old.stride(), new.dtype, kept))
         if new is not old:
-            _replace(tensor, new)
+            replace(tensor, new)
     setattr(network, STATE, state)
+    if verify:
+        shared.first_call = verify_first_call
     return model
 
 
@@ -123,7 +130,7 @@ def restore(model: M) -> M:
         ValueError: not an optimised model, or one that was changed in a way that cannot be undone here: modules whose
             class or parameters were replaced by others (parametrizations, pruning), weights on the meta device.
     """
-    network = _network(model)
+    network = network_of(model)
     state = vars(network).get(STATE)
     if state is None:
         raise ValueError("the model is not optimised")
@@ -132,29 +139,17 @@ def restore(model: M) -> M:
     for module, cls in state.modules:
         module.__class__ = cls
         delattr(module, SHARED)
-    known = set()
+        vars(module).pop(AS_IT_WAS, None)
+    known = {id(former.tensor()) for former in state.tensors}
     for former in state.tensors:
-        tensor = former.tensor()
-        known.add(id(tensor))
-        kept = former.kept
-        if kept is not None and kept.shape == tensor.shape:
-            kept = kept.to(tensor.device)
-            if any(_same(k.to(tensor.dtype), tensor.data) for k in (kept, kept.to(former.converted))):
-                _replace(tensor, kept)
-                continue
-        if tensor.dtype == former.dtype and tensor.stride() == former.stride:
-            continue
-        new = tensor.data.to(former.dtype)
-        if len(former.stride) == new.dim():
-            new = torch.empty_strided(new.shape, former.stride, dtype=new.dtype, device=new.device).copy_(new)
-        _replace(tensor, new)
+        former.put_back()
     for _, _, tensor in _tensors(network):
         if state.reduced is not None and id(tensor) not in known and tensor.dtype == state.reduced:
-            _replace(tensor, tensor.data.to(state.dtype))
+            replace(tensor, tensor.data.to(state.dtype))
     return model
 
 
-def _check_restorable(network: nn.Module, state: "_State") -> None:
+def _check_restorable(network: nn.Module, state: State) -> None:
     names = {module: name or "the model" for name, module in network.named_modules()}
     for module, cls in state.modules:
         if type(module) not in (calling(cls), *OPTIMIZED_LAYERS):
@@ -175,52 +170,6 @@ def _check_restorable(network: nn.Module, state: "_State") -> None:
                 f"cannot restore: {name} is on the meta device; load the weights, or remove the hooks that offload "
                 "them, first"
             )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.dtype.itemsize == 1:  # float8 cannot be compared
-        a, b = a.float(), b.float()
-    return torch.equal(a, b)
-
-
-@dataclasses.dataclass
-class _Former:
-    """What a parameter or buffer was."""
-
-    module: nn.Module
-    name: str
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-    converted: torch.dtype  # the dtype that `optimize` gave it
-    kept: Tensor | None  # its former values, where it was converted
-
-    def tensor(self) -> Tensor | None:
-        parameter = self.module._parameters.get(self.name)
-        return self.module._buffers.get(self.name) if parameter is None else parameter
-
-
-@dataclasses.dataclass
-class _State:
-    """What `restore` needs. It refers to modules, not to names, which adapters change; copies refer to copies."""
-
-    dtype: torch.dtype | None  # of the network's weights before
-    reduced: torch.dtype | None  # the dtype that they were converted to, if it is another
-    modules: list[tuple[nn.Module, type]]  # with their former classes
-    tensors: list[_Former]
-
-
-def _network(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    wrappers = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        raise TypeError(
-            f"{type(model).__name__} wraps or replaces a module that it has read: optimize that, and wrap it then"
-        )
-    inner = getattr(model, "model", None)
-    if isinstance(inner, nn.Module) and {*model.parameters()} == {*inner.parameters()}:
-        return _network(inner)  # a diffusion, or another wrapper, whose own arithmetic and tables stay as they are
-    return model
 
 
 def _fast_dtype(parameters: list[Tensor]) -> torch.dtype | None:
@@ -249,11 +198,3 @@ def _tensors(network: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
             if tensor.is_floating_point() and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield module, name, tensor
-
-
-def _replace(tensor: Tensor, data: Tensor) -> None:
-    """As nn.Module.to does it; a gradient follows."""
-    grad, tensor.grad = tensor.grad, None
-    tensor.data = data
-    if grad is not None:
-        tensor.grad = torch.empty_like(data).copy_(grad)

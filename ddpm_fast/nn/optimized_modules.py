@@ -1,16 +1,20 @@
 """The classes that `optimize` gives to the modules of a network."""
 
-__all__ = ["OPTIMIZED_LAYERS", "SHARED", "STATE", "Shared", "calling", "replacement"]
+__all__ = ["AS_IT_WAS", "OPTIMIZED_LAYERS", "SHARED", "STATE", "Shared", "call_as_it_was", "calling", "replacement"]
 
 import copyreg
 import functools
+import itertools
+from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import cuda_graph
 from ..ops.transforms import transformed
 from . import packed_weights as packing
 from .call_graphs import CallGraphs
@@ -20,6 +24,7 @@ from .mixed_dtypes import each, in_one_dtype, is_timestep
 from .one_plus_scale import note
 
 STATE = "_ddpm_fast_state"  # the attribute of an optimised model that holds what `restore` needs
+AS_IT_WAS = "_ddpm_fast_as_it_was"  # the attribute of a module in an optimised model that computes as it did before
 SHARED = "_ddpm_fast_shared"  # the attribute of each optimised module that holds the network's `Shared`
 
 
@@ -30,12 +35,14 @@ class Shared:
         weights: the packed weights.
         graphs: the calls of the network that were captured as CUDA graphs.
         reduced: the dtype that the network was converted to, or None where it kept its own.
+        first_call: called before the first inference with the network and that call.
         dtype: what `model.dtype` was before the conversion; None where the model has no such property.
     """
 
     def __init__(self, reduced: torch.dtype | None, dtype: torch.dtype | None) -> None:
         self.weights = packing.PackedWeights()
         self.graphs = CallGraphs()
+        self.first_call: Callable[[nn.Module, Callable[[], Any]], None] | None = None
         self.reduced = reduced
         self.dtype = dtype
 
@@ -72,6 +79,8 @@ def calling(cls: type) -> type:
     class Optimized(cls):
         @functools.wraps(cls.forward)
         def forward(self, *args, **kwargs):
+            if AS_IT_WAS in self.__dict__:
+                return call_as_it_was(self, functools.partial(cls.forward, self), args, kwargs)
             if torch.compiler.is_compiling():
                 if STATE in self.__dict__:
                     return _cast_call(self, functools.partial(cls.forward, self), args, kwargs)
@@ -80,7 +89,12 @@ def calling(cls: type) -> type:
             if shared is None or _in_call.get() is shared:
                 return cls.forward(self, *args, **kwargs)
             call = functools.partial(_outermost_call, self, functools.partial(cls.forward, self), shared)
-            return shared.graphs.call(self, call, args, kwargs) if STATE in vars(self) else call(*args, **kwargs)
+            if STATE not in vars(self):
+                return call(*args, **kwargs)
+            if shared.first_call is not None and _infers(self, args, kwargs):
+                first_call, shared.first_call = shared.first_call, None
+                first_call(self, functools.partial(call, *args, **kwargs))
+            return shared.graphs.call(self, call, args, kwargs)
 
         def __reduce_ex__(self, protocol: int) -> tuple:
             # pickle and copy would look the class up by its name, where `cls` is.
@@ -106,6 +120,17 @@ def calling(cls: type) -> type:
 
 def _new(cls: type) -> nn.Module:
     return calling(cls).__new__(calling(cls))
+
+
+def _infers(model: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a call is one of inference: without gradients, in evaluation mode, and not within a capture."""
+    x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+    return (
+        x is not None
+        and not model.training
+        and not (torch.is_grad_enabled() or transformed() or torch.jit.is_tracing() or cuda_graph.capturing(x))
+        and vars(model)[STATE].modules[0][0] is model  # not a copy in evaluation mode, which shares its state
+    )
 
 
 def _outermost_call(module: nn.Module, forward, shared: Shared, *args, **kwargs):
@@ -155,9 +180,32 @@ def _cast_call(module: nn.Module, forward, args: tuple, kwargs: dict):
     return each(leaving, forward(*each(arriving, args), **each(arriving, kwargs)))
 
 
+def call_as_it_was(module: nn.Module, forward, args: tuple, kwargs: dict):
+    """Calls a forward whose weights have the network's former dtype with what the network makes in its present one."""
+    dtype, reduced = _dtype(module), getattr(module, SHARED).reduced
+    raised: list[Tensor] = []
+
+    def arriving(x: Tensor) -> Tensor:
+        x = computed(x)
+        if x.dtype != reduced or dtype is None:
+            return x
+        raised.append(x)
+        return x.to(dtype)
+
+    def leaving(x: Tensor) -> Tensor:
+        return x.to(reduced) if raised and x.dtype == dtype else x
+
+    return each(leaving, forward(*each(arriving, args), **each(arriving, kwargs)))
+
+
 def _dtype(module: nn.Module) -> torch.dtype | None:
-    """That of the weights a module computes with. float8 is a storage format, whose owner converts it in each call."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+    """That of the weights a module computes with. float8 is a storage format, whose owner converts it in each call.
+
+    Modules that compute as they did before count only where there are no others.
+    """
+    changed = (m for m in module.modules() if AS_IT_WAS not in m.__dict__)
+    weights = itertools.chain((p for m in changed for p in m.parameters(recurse=False)), module.parameters())
+    return next((p.dtype for p in weights if p.is_floating_point() and p.dtype.itemsize > 1), None)
 
 
 def _on_gpu(module: nn.Module) -> bool:

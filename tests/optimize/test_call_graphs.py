@@ -212,14 +212,13 @@ def watched(model, x, t):
     "plain",
     [
         lambda m, x, t: [m.train()(x, t) for _ in range(3)],
-        lambda m, x, t: [m.act.train(), *(m(x, t) for _ in range(3))],
         lambda m, x, t: [torch.enable_grad()(m)(x, t) for _ in range(3)],
         lambda m, x, t: [torch.func.vmap(m)(x[:, None], t) for _ in range(3)],
         lambda m, x, t: [torch.func.jvp(lambda x: m(x, t), (x,), (x,)) for _ in range(3)],
         lambda m, x, t: [cuda_graph.without()(m)(x, t) for _ in range(3)],
         watched,
     ],
-    ids=["training", "a module in training", "gradients", "vmap", "jvp", "another capture", "a mode"],
+    ids=["training", "gradients", "vmap", "jvp", "another capture", "a mode"],
 )
 def test_other_calls_are_as_ever(captures, small, plain):
     with torch.no_grad():
@@ -322,6 +321,16 @@ def test_weights_on_another_device_are_a_reason(captures, small):
     with pytest.warns(UserWarning, match="not all of its weights are on cpu"):
         calls(small, 3, *inputs())
     assert not captures
+
+
+def test_a_module_in_training_mode_is_a_reason(captures, small):
+    small.act.train()
+    with pytest.warns(UserWarning, match="act is in training mode"):
+        calls(small, 3, *inputs())
+    assert not captures
+    small.eval()
+    calls(small, 3, *inputs())
+    assert len(captures) == 1
 
 
 def test_restore_forgets_the_graphs(captures, small):
