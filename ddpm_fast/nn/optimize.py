@@ -59,9 +59,9 @@ def optimize(model: M, dtype: torch.dtype | None = None, *, verify: bool = False
         dtype: of the weights and the arithmetic. None is bfloat16 for a float32 model on a processor that computes in
             it (AMX or AVX512-BF16, GPUs since Ampere), and otherwise the model's own.
         verify: whether modules are to be left as they were that turn out to be wrong or slower than before, in the
-            first call without gradients in evaluation mode, which takes some twenty times as long as others. A warning says
-            which. It is what `ddpm_fast.verify(model, x, t)` does at once, with a report; a call that
-            GaussianDiffusion.sample captures as a CUDA graph cannot be verified, so use that before.
+            first call without gradients in evaluation mode. That call takes as long as some twelve of the original
+            network, and a warning says which modules. It is what `ddpm_fast.verify(model, x, t)` does at once, with a
+            report. A call that GaussianDiffusion.sample captures as a CUDA graph is not verified: use that before.
 
     Returns:
         `model` itself. A deep copy or a pickle of it is optimised too. What it was is kept in it: the float32 weights
