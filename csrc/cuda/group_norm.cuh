@@ -62,10 +62,11 @@ template <typename F>
 cudaError_t with_norm_layout(Type type, const Shape& shape, int64_t channels, int64_t bias_stride,
     std::initializer_list<const void*> tensors, const F& f) {
   return with_float_type(type, [&](auto t) {
-    using Wide = std::integral_constant<int, 8>;
+    constexpr int kWide = 16 / sizeof(t);
+    using Wide = std::integral_constant<int, kWide>;
     using Narrow = std::integral_constant<int, 1>;
-    const bool fits =
-        shape.planar ? shape.plane % 8 == 0 : shape.channels % 8 == 0 && channels % 8 == 0 && bias_stride % 8 == 0;
+    const bool fits = shape.planar ? shape.plane % kWide == 0
+                                   : shape.channels % kWide == 0 && channels % kWide == 0 && bias_stride % 8 == 0;
     const bool wide = fits && aligned(tensors);
     if (shape.planar) return wide ? f(t, Wide{}, std::true_type{}) : f(t, Narrow{}, std::true_type{});
     return wide ? f(t, Wide{}, std::false_type{}) : f(t, Narrow{}, std::false_type{});

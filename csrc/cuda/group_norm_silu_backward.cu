@@ -113,7 +113,7 @@ __device__ __forceinline__ void sum_rows(const Seat& at, int64_t base, int64_t c
 template <typename T, int kWidth, bool kBias>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     sums_kernel(const __grid_constant__ AddGroupNormSiluBackward g, const __grid_constant__ BackwardPlan plan) {
-  constexpr int kCount = kBias ? 1 : kInFlight / 2;  // of each of two tensors, or three
+  constexpr int kCount = kBias ? 1 : kInFlight / 2;  // of each of two tensors; fewer where registers are scarce
   __shared__ float2 of_thread[kNormThreads * kWidth];
   const int64_t sample = sample_of_block(), channels = g.shape.channels;
   if (sample >= g.shape.samples) return;
@@ -135,14 +135,12 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       for (int p = at.row; p < pixels; p += kCount * at.rows) {
         const int count = min((pixels - p + at.rows - 1) / at.rows, kCount);
         const int64_t offset = first + static_cast<int64_t>(p - at.row) * channels;
-        Vector<T, kWidth> x[kCount], grad[kCount], more[kCount];
+        Vector<T, kWidth> x[kCount], grad[kCount];
         summands.read(static_cast<const T*>(g.grad) + offset, count, at.rows, grad);
-        if constexpr (kBias) {
-          if (g.grad_sum) summands.read(static_cast<const T*>(g.grad_sum) + offset, count, at.rows, more);
+        if constexpr (kBias)
           summands.load(count, at.rows, x);
-        } else {
+        else
           summands.read(summands.x, count, at.rows, x);
-        }
         summands.advance(kCount * at.rows);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
@@ -154,10 +152,21 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
                 through_silu(to_float(grad[k].element[j]), difference, map[j].factor, map[j].term, g.silu);
             sum_g[j] += inner;
             sum_gx[j] = fmaf(inner, difference, sum_gx[j]);
-            if constexpr (kBias) {
-              sum_x[j] += difference;
-              if (g.grad_sum) sum_grad[j] += to_float(more[k].element[j]);
-            }
+            if constexpr (kBias) sum_x[j] += difference;
+          }
+        }
+      }
+      if (kBias && g.grad_sum) {
+        constexpr int kCount = kInFlight / 2;
+        for (int p = at.row; p < pixels; p += kCount * at.rows) {
+          const int count = min((pixels - p + at.rows - 1) / at.rows, kCount);
+          Vector<T, kWidth> grad[kCount];
+          const int64_t offset = first + static_cast<int64_t>(p - at.row) * channels;
+          summands.read(static_cast<const T*>(g.grad_sum) + offset, count, at.rows, grad);
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) sum_grad[j] += to_float(grad[k].element[j]);
           }
         }
       }
@@ -318,7 +327,7 @@ struct GradientMap {
 template <typename T, int kWidth, bool kPlanar>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     gradient_kernel(const __grid_constant__ AddGroupNormSiluBackward g, const __grid_constant__ BackwardPlan plan) {
-  constexpr int kCount = sizeof(T) * kWidth > 16 ? kInFlight / 4 : kInFlight / 2;  // of each of two tensors, or three
+  constexpr int kCount = kInFlight / 2;  // of each of two tensors, or three
   extern __shared__ GradientMap gradient_maps[];
   __shared__ float of_warp[kNormThreads / kWarp][3][kWarp];
   const int64_t sample = sample_of_block();
