@@ -70,6 +70,13 @@ def test_races_are_found_in_every_order(run, kernel):
     assert all(run(kernel, order_seed=seed)[1].races for seed in SEEDS)
 
 
+def test_warps_may_store_the_same_to_one_place_and_nothing_else(run):
+    agree, differ = "store_together<true>", "store_together<false>"
+    for seed in (None, *SEEDS):
+        assert not run(agree, order_seed=seed)[1].races
+        assert run(differ, order_seed=seed)[1].races
+
+
 @pytest.mark.parametrize("batch_threads", [THREADS, 16384])
 def test_any_block_may_come_before_any_other(cuda_module, batch_threads):
     module = cuda_module("order.cu", "compute_90")

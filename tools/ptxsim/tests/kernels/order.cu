@@ -105,3 +105,14 @@ extern "C" __global__ void wait_for_the_next(volatile int *flags, volatile int *
     flags[warp] = 1;
   }
 }
+
+// All warps store to one place: the same, which is harmless, or each its own.
+template <bool kAgree>
+__global__ void store_together(const float *x, float *out) {
+  __shared__ float value;
+  value = x[kAgree ? 0 : threadIdx.x / 32];
+  __syncthreads();
+  out[blockIdx.x * kThreads + threadIdx.x] = value;
+}
+template __global__ void store_together<true>(const float *, float *);
+template __global__ void store_together<false>(const float *, float *);
