@@ -107,6 +107,10 @@ def test_a_norm_of_the_network_reads_and_writes_everything_once(own, others, siz
     again = memory_of(h) if count > 1 else 0
     assert memory_of(*inputs) <= read - again <= memory_of(*inputs) + small * count
     assert sum(launch.unique_stored_bytes for launch in cuda.launches) <= memory_of(y, h) + small
+    # An H100 has 132 multiprocessors: eight images give half of them a block or more, for which a thread loads its
+    # vectors of all inputs and the parameters, one after the other but for those in flight together.
+    assert 8 * cuda.launches[0].blocks >= 64
+    assert cuda.launches[0].loads_of_a_thread <= 22
 
     grad, grad_sum = torch.randn_like(y), torch.randn_like(y)
     given = (grad, grad_sum, h, input_bias, mean, rstd, weight, bias)
@@ -114,6 +118,10 @@ def test_a_norm_of_the_network_reads_and_writes_everything_once(own, others, siz
     count = launches_of_norm(channels, own, size**2, 32, x.element_size(), backward=True)
     assert len(cuda.launches) == count
     if count == 2:
+        slab, samples = cuda.launches
+        assert 8 * slab.blocks >= 64
+        assert slab.loads_of_a_thread <= 21
+        assert samples.loads_of_a_thread <= 3  # of a sample: a warp adds up every eighth
         read = sum(launch.unique_loaded_bytes for launch in cuda.launches)
         assert memory_of(grad, grad_sum, h) <= read <= memory_of(grad, grad_sum, h) + 2 * small
         assert sum(launch.unique_stored_bytes for launch in cuda.launches) <= memory_of(h) + 2 * small
