@@ -88,3 +88,13 @@ def test_one_weight_that_differs_is_seen_before_training_is_timed():
         ours.conv_in.weight[3, 0, 1, 1] *= 1.05
     with pytest.raises(AssertionError, match=r"fp32: the gradient of .* apart"):
         train_speed.check(ours, *given, images)
+
+
+def test_attention_of_large_heads_has_a_row_for_each_size(monkeypatch, capsys):
+    import attention
+
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--device", "cpu", "--batch", "1", "2", "--seconds", "0.001"])
+    attention.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], row[1]) for row in rows] == [("| 1", "256"), ("| 2", "256"), ("| 1", "512"), ("| 2", "512")]
+    assert all(float(row[4].removesuffix(" |")) < 2**-6 for row in rows)
