@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kept_graphs import Recorder, tensors
+from recorded_graphs import Recorder, tensors
 from torch import nn
 from training_runs import assert_same_weights, finished, losses, small, without_curve  # noqa: F401  (fixtures)
 

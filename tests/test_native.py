@@ -143,7 +143,7 @@ def test_architectures_without_numbers_leave_no_gpu_out(unserved, architectures)
 
 
 @pytest.mark.skipif(not native.modules["cuda"].available, reason="no CUDA module")
-def test_the_gpus_without_kernels_are_found_when_pytorch_initialises_cuda():
+def test_the_gpus_without_kernels_are_found_when_pytorch_initialises_cuda(tmp_path):
     code = """
 import torch
 from ddpm_fast.ops import dispatch, native
@@ -154,7 +154,8 @@ assert not dispatch._unserved
 torch.cuda.init()
 assert dispatch._unserved == {1: "too old"}
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    # Elsewhere than beside the sources, which Python would import first, without their modules.
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
 
 
 # What the build makes of compilers that fail
