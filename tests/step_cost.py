@@ -79,6 +79,8 @@ class Costs(TorchDispatchMode):
     def _of(self, name: str, args: tuple, kwargs: dict, made: list[Tensor]) -> list[Launch]:
         if "group_norm_silu" in name:
             return of_norm(name, args)
+        if name == "dropout" and not args[2]:  # not in training: its input, as PyTorch returns it from a GPU
+            return []
         sizes = [(x.shape[:1] == (self.samples,), size(x)) for x in [*tensors((args, kwargs)), *made]]
         images, weights = (sum(count for is_image, count in sizes if is_image == wanted) for wanted in (True, False))
         if name in ("convolution", "conv2d"):
