@@ -196,10 +196,8 @@ def _reference(x, input_bias, residual, skip, weight, bias, scale, shift, groups
 
 
 def _fake(x, input_bias, residual, skip, weight, bias, scale, shift, groups, eps, silu, keep):
-    form = layout.memory_format(x)
-    shape = (x.shape[0], _channels(x, skip), *x.shape[2:])
     statistics = x.new_empty((x.shape[0], groups), dtype=torch.float32)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+    y = layout.empty_with_channels(x, _channels(x, skip))
     return y, torch.empty_like(y) if keep else x.new_empty(0), statistics, torch.empty_like(statistics)
 
 
@@ -281,13 +279,9 @@ def _backward_reference(
 
 
 def _backward_fake(grad, grad_sum, x, input_bias, mean, rstd, weight, bias, scale, shift, groups, silu, kept, channels):
-    def part(count: int) -> Tensor:
-        shape, form = (x.shape[0], count, *x.shape[2:]), layout.memory_format(x)
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
-
     return (
-        part(channels),
-        part(x.shape[1] - channels),
+        layout.empty_with_channels(x, channels),
+        layout.empty_with_channels(x, x.shape[1] - channels),
         *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (input_bias, weight, bias, scale, shift)),
     )
 

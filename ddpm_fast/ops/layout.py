@@ -5,6 +5,7 @@ __all__ = [
     "channels_last_format",
     "dense",
     "eager_on_cpu",
+    "empty_with_channels",
     "memory_format",
     "overlap",
     "table",
@@ -30,6 +31,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if layout is None or inside_vmap() or not x.is_contiguous(memory_format=layout):
         return torch.contiguous_format
     return layout
+
+
+def empty_with_channels(x: Tensor, channels: int) -> Tensor:
+    """An uninitialised tensor as x, (N, C, ...), with another number of channels, in the memory format of a result."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def as_given(x: Tensor | None, dtype: torch.dtype, layout: torch.memory_format) -> Tensor | None:

@@ -20,7 +20,7 @@ import torch
 from ptxsim import Module, cuda_host, toolchain
 from torch import Tensor
 
-from ddpm_fast.ops.layout import memory_format
+from ddpm_fast.ops.layout import empty_with_channels, memory_format
 
 ROOT = Path(__file__).parents[2]
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # enum class Type
@@ -364,7 +364,7 @@ class Simulation:
         silu: bool,
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y = _with_channels(x, len(weight))
+        y = empty_with_channels(x, len(weight))
         h = torch.empty_like(y) if keep else x.new_empty(0)
         mean, rstd = torch.empty(len(x), groups), torch.empty(len(x), groups)
         self._launch(
@@ -409,7 +409,7 @@ class Simulation:
         kept: bool,
         channels: int,
     ) -> tuple[Tensor, ...]:
-        grad_x, grad_skip = _with_channels(x, channels), _with_channels(x, x.shape[1] - channels)
+        grad_x, grad_skip = empty_with_channels(x, channels), empty_with_channels(x, x.shape[1] - channels)
         parameters = (input_bias, weight, bias, scale, shift)
         grads = [None if p is None else torch.empty(p.shape, dtype=p.dtype) for p in parameters]
         names = ("grad_input_bias", "grad_weight", "grad_bias", "grad_scale", "grad_shift")
@@ -438,11 +438,6 @@ class Simulation:
             **_of_input_bias(input_bias, x),
         )
         return grad_x, grad_skip, *(x.new_empty(0) if g is None else g for g in grads)
-
-
-def _with_channels(x: Tensor, channels: int) -> Tensor:
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, memory_format=memory_format(x))
 
 
 def _of_input_bias(bias: Tensor | None, x: Tensor) -> dict[str, int]:

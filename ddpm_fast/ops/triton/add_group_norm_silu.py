@@ -5,7 +5,7 @@ __all__ = ["add_group_norm_silu", "add_group_norm_silu_backward"]
 import torch
 from torch import Tensor
 
-from ..layout import memory_format
+from ..layout import empty_with_channels
 from .group_norm_planes import normalise_planes
 from .group_norm_planes_backward import plane_gradients
 from .group_norm_slab import normalise_slabs, slab_gradients, slab_of
@@ -26,7 +26,7 @@ def add_group_norm_silu(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels = len(weight)
-    y = _like(x, channels)
+    y = empty_with_channels(x, channels)
     h = torch.empty_like(y) if keep else None
     mean = x.new_empty((len(x), groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -66,8 +66,8 @@ def add_group_norm_silu_backward(
         x: the sum, if `kept`; otherwise input_bias is added to it.
         channels: of the x that was given to the forward pass; those of skip follow.
     """
-    grad_x = _like(x, channels)
-    grad_skip = _like(x, x.shape[1] - channels)
+    grad_x = empty_with_channels(x, channels)
+    grad_skip = empty_with_channels(x, x.shape[1] - channels)
     parameters = (input_bias, weight, bias, scale, shift)
     grads = [None if p is None else p.new_empty(p.shape) for p in parameters]
     if x.numel() == 0:
@@ -84,11 +84,6 @@ def add_group_norm_silu_backward(
         else:
             slab_gradients(slab, *given, *results, stride, silu, kept)
     return grad_x, grad_skip, *(x.new_empty(0) if p is None else p for p in grads)
-
-
-def _like(x: Tensor, channels: int) -> Tensor:
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _is_planar(x: Tensor) -> bool:
