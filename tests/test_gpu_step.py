@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers_weights import unet_2d_config
 from step_cost import MIB, Costs, as_on_a_gpu, tensors
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,18 +96,7 @@ def in_a_step(monkeypatch):
 def of_diffusers(mode):
     """The mode, after the same network of diffusers was called in it."""
     diffusers = pytest.importorskip("diffusers")
-    network = diffusers.UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    ).eval().bfloat16()  # fmt: skip
+    network = diffusers.UNet2DModel(**unet_2d_config("ddpm-cifar10-32")).eval().bfloat16()
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_a_gpu(network)
         x, t = torch.empty(N, 3, 32, 32, device="cuda", dtype=torch.bfloat16), torch.empty((), device="cuda")

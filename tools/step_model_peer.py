@@ -2,22 +2,12 @@
 
 import diffusers
 import torch
+from diffusers_weights import unet_2d_config
 
 
 def network(device: str) -> torch.nn.Module:
     with torch.device(device):
-        model = diffusers.UNet2DModel(
-            sample_size=32,
-            block_out_channels=(128, 256, 256, 256),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=None,
-            downsample_padding=0,
-            flip_sin_to_cos=False,
-            freq_shift=1,
-            norm_eps=1e-6,
-        )
+        model = diffusers.UNet2DModel(**unet_2d_config("ddpm-cifar10-32"))
     return model.eval().bfloat16().to(memory_format=torch.channels_last)
 
 

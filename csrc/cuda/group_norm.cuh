@@ -290,10 +290,10 @@ __device__ __forceinline__ Part part_of_block(const Shape& shape, const Parts& p
 
 constexpr int kInFlight = 4;  // vectors that a thread reads before it uses the first
 
-// Vectors of a thread in one channel, or of the same channels: at `first`, `first + step`, ... elements of the sample.
+// Vectors of a thread that begin with one channel, `step` pixels apart.
 struct Run {
   int64_t pixel;
-  int channel, step, count;  // step: in pixels; count: up to kInFlight
+  int channel, step, count;  // count: up to kInFlight
 
   template <bool kPlanar>
   __device__ __forceinline__ int64_t offset(int64_t channels, int64_t plane, int k) const {
