@@ -3,7 +3,7 @@ r"""The network as a denoiser: what its prediction says of eps, of x_0, and of t
 With the rows (u, w) of the objective, x0_hat = u x_t + w pred whatever the network predicts.
 """
 
-__all__ = ["Denoiser", "ModelArguments", "ModelPrediction", "clip_bounds", "if_any"]
+__all__ = ["Denoiser", "LearnedPrediction", "ModelArguments", "ModelPrediction", "Prediction", "clip_bounds", "if_any"]
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,14 +25,30 @@ class ModelPrediction(NamedTuple):
     pred_x_start: Tensor
 
 
+class LearnedPrediction(NamedTuple):
+    """With a learned variance, its v besides, as the network predicted it."""
+
+    pred_noise: Tensor
+    pred_x_start: Tensor
+    pred_variance: Tensor
+
+
+class Prediction(NamedTuple):
+    """A network's output, each in the shape of x_t; v is None unless the variance is learned."""
+
+    pred: Tensor
+    v: Tensor | None
+
+
 class Denoiser(DiffusionProcess):
     """A diffusion process with the network that reverses it.
 
     Args:
         model: called as `model(x, t)`, or `model(x, t, x_self_cond)` where it has `self_condition = True`, and with
-            `model_kwargs`; x (N, C, ...) in the dtype of its parameters, t (N,) int64. It returns the shape of x: a
-            tensor, a tuple that begins with one, or an object with an attribute `sample`, as those of diffusers.
-        schedule, objective, variance, loss_weight: see `DiffusionProcess`.
+            `model_kwargs`; x (N, C, ...) in the dtype of its parameters, t (N,) int64. It returns the shape of x, with
+            a learned variance (N, 2 C, ...): a tensor, a tuple that begins with one, or an object with an attribute
+            `sample`, as those of diffusers.
+        schedule, objective, variance, loss_weight, decoder: see `DiffusionProcess`.
         clip_denoised: bounds of x0_hat: True for (-1, 1), False for none, or (low, high).
         rng: `philox` or `torch`: see `noise.NoiseSource`.
     """
@@ -46,8 +62,9 @@ class Denoiser(DiffusionProcess):
         loss_weight: Tensor,
         clip_denoised: bool | tuple[float, float],
         rng: str = "philox",
+        decoder: str = "discretized",
     ) -> None:
-        super().__init__(schedule, objective, variance, loss_weight, rng)
+        super().__init__(schedule, objective, variance, loss_weight, rng, decoder)
         clip_bounds(clip_denoised)
         self.model = model
         self.self_condition = bool(getattr(model, "self_condition", False))
@@ -70,8 +87,8 @@ class Denoiser(DiffusionProcess):
         t: Tensor,
         x_self_cond: Tensor | None = None,
         model_kwargs: ModelArguments | None = None,
-    ) -> Tensor:
-        """What the network predicts, as it is, in the shape of x.
+    ) -> Prediction:
+        """What the network predicts, as it is.
 
         Args:
             x: x_t, (N, C, ...).
@@ -81,12 +98,14 @@ class Denoiser(DiffusionProcess):
         """
         dtype = self.model_dtype(x)
         condition = (None if x_self_cond is None else x_self_cond.to(dtype),) if self.self_condition else ()
-        pred = _tensor_of(self.model(x.to(dtype), t, *condition, **(model_kwargs or {})))
-        if pred.shape != x.shape:
+        output = _tensor_of(self.model(x.to(dtype), t, *condition, **(model_kwargs or {})))
+        wanted = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if self.learns_variance else x.shape
+        if output.shape != torch.Size(wanted):
+            what = f"with variance={self.variance!r}, twice the channels" if self.learns_variance else "the shape"
             raise ValueError(
-                f"the model must return the shape of its input, {tuple(x.shape)}; it returned {tuple(pred.shape)}"
+                f"the model must return {what} of its input, {tuple(wanted)}; it returned {tuple(output.shape)}"
             )
-        return pred
+        return Prediction(*output.chunk(2, dim=1)) if self.learns_variance else Prediction(output, None)
 
     def model_predictions(
         self,
@@ -97,7 +116,7 @@ class Denoiser(DiffusionProcess):
         rederive_pred_noise: bool = False,
         *,
         model_kwargs: ModelArguments | None = None,
-    ) -> ModelPrediction:
+    ) -> ModelPrediction | LearnedPrediction:
         """What the network's prediction says of eps and x_0.
 
         Args:
@@ -109,7 +128,8 @@ class Denoiser(DiffusionProcess):
             model_kwargs: further arguments of the network.
         """
         checks.timesteps(t, x.shape[0], self.num_timesteps)
-        pred = self.predict(x, t, x_self_cond, model_kwargs).to(x.dtype)
+        pred, v = self.predict(x, t, x_self_cond, model_kwargs)
+        pred = pred.to(x.dtype)
         if self.objective == "pred_noise" and self.overrides("predict_start_from_noise"):
             x_start = self.predict_start_from_noise(x, t, pred)
         elif self.objective == "pred_v" and self.overrides("predict_start_from_v"):
@@ -119,9 +139,10 @@ class Denoiser(DiffusionProcess):
             x_start = u * x + w * pred
         if clip_x_start:
             x_start = x_start.clamp(*(clip_bounds(self.clip_denoised) or (-1.0, 1.0)))
-        if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
-            return ModelPrediction(pred, x_start)
-        return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
+        eps = pred
+        if self.objective != "pred_noise" or (clip_x_start and rederive_pred_noise):
+            eps = self.predict_noise_from_start(x, t, x_start)
+        return ModelPrediction(eps, x_start) if v is None else LearnedPrediction(eps, x_start, v.to(x.dtype))
 
     def p_mean_variance(
         self,
@@ -137,13 +158,26 @@ class Denoiser(DiffusionProcess):
         Args:
             clip_denoised: None for the module's own.
         """
-        x_start = self.model_predictions(x, t, x_self_cond, **if_any(model_kwargs))[1]
+        prediction = self.model_predictions(x, t, x_self_cond, **if_any(model_kwargs))
+        x_start = prediction[1]
         bounds = clip_bounds(self.clip_denoised if clip_denoised is None else clip_denoised)
         if bounds is not None:
             x_start = x_start.clamp(*bounds)
         mean, _, _ = self.q_posterior(x_start, x, t)
-        variance, log_variance = self._at(self.variance_rows, t, x)
-        return mean, variance, log_variance, x_start
+        return mean, *self._reverse_variance(prediction, t, x), x_start
+
+    def _reverse_variance(self, prediction: tuple[Tensor, ...], t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma^2 and its logarithm, of shapes that broadcast against x."""
+        if self.learns_variance:
+            if len(prediction) < 3:
+                raise ValueError("with a learned variance, model_predictions must return a third tensor, its v")
+            low, high = self._at(self.log_variance_bounds, t, x)
+            log_variance = low + (prediction[2] + 1) / 2 * (high - low)
+        elif self.log_variance is not None:
+            log_variance = self.log_variance[t].to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        else:
+            return self._at(self.variance_rows, t, x)
+        return log_variance.exp(), log_variance
 
 
 def if_any(model_kwargs: ModelArguments | None) -> dict[str, ModelArguments]:

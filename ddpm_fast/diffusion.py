@@ -10,6 +10,7 @@ The class is built up downwards: `DiffusionProcess` has the tables and closed fo
 
 __all__ = ["GaussianDiffusion"]
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,13 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, ops, schedules
-from .denoiser import ModelArguments, clip_bounds, if_any
+from . import checks, likelihood, ops, schedules, variances
+from .denoiser import ModelArguments, Prediction, clip_bounds, if_any
+from .likelihood import Likelihood
+from .loss_weights import loss_weight as make_loss_weight
 from .noise import OFFSET, NoiseSource
-from .parameterization import loss_weight as make_loss_weight
 from .process import Seed, drawing_from
 from .reverse_process import ReverseProcess
 from .schedules import NoiseSchedule
+
+LOSS_TYPES = (*ops.LOSS_TYPES, "hybrid", "kl")
 
 
 class GaussianDiffusion(ReverseProcess):
@@ -45,13 +49,22 @@ class GaussianDiffusion(ReverseProcess):
             pred_mean.
         beta_schedule: a name of `schedules.make`, a `NoiseSchedule`, or T betas.
         schedule_fn_kwargs: arguments of the named schedule.
-        variance: sigma^2 of ancestral steps, a name in `parameterization.VARIANCES`: posterior or beta.
+        zero_terminal_snr: change the schedule so that x_T is noise alone. Lin et al. (2023). Not for pred_noise.
+        variance: sigma^2 of ancestral steps: posterior or beta (or another name in `variances.VARIANCES`); learnable,
+            one number a timestep, the parameter `log_variance` of this module; learned or learned_range (or another
+            name in `variances.LEARNED_VARIANCES`), by the second half of the network's output, (N, 2 C, ...).
         clip_denoised: bounds of x0_hat in sampling: True for (-1, 1), False for none, or (low, high).
-        loss_type: l2, l1 or huber.
-        loss_weight: l_simple, uniform, min_snr, vlb, or T numbers: see `parameterization.loss_weight`. The default
-            weighs every objective as L_simple of the paper.
+        loss_type: l2, l1 or huber; kl, the variational bound itself, of which a training step's loss is an unbiased
+            estimate, in bits/dim, without its constant term L_T; or hybrid, l2 plus T / 1000 times the bound's term,
+            whose gradient goes to the variance alone (Nichol & Dhariwal 2021, eq. 16). None: l2, or hybrid where the
+            variance is learned, which the others do not train.
+        loss_weight: of l2, l1, huber and the l2 of hybrid: l_simple, uniform, min_snr, p2, vlb, or T numbers: see
+            `loss_weights.loss_weight`. The default weighs every objective as L_simple of the paper.
         min_snr_loss_weight: the same as loss_weight="min_snr".
         min_snr_gamma: the bound of min_snr.
+        p2_gamma, p2_k: of p2.
+        decoder: what the bound's L_0 is of: discretized, images on 256 levels, or gaussian, continuous data. None:
+            discretized if auto_normalize.
         ddim_sampling_eta: eta of DDIM steps where `sample` is given none.
         auto_normalize: map [0, 1] to [-1, 1] and back. False: data is taken as it is, within the bounds of
             `clip_denoised`, since samples are clipped to them.
@@ -75,12 +88,16 @@ class GaussianDiffusion(ReverseProcess):
         objective: str = "pred_v",
         beta_schedule: str | NoiseSchedule | Tensor | Sequence[float] = "sigmoid",
         schedule_fn_kwargs: Mapping[str, float] | None = None,
+        zero_terminal_snr: bool = False,
         variance: str = "posterior",
         clip_denoised: bool | tuple[float, float] = True,
-        loss_type: str = "l2",
+        loss_type: str | None = None,
         loss_weight: str | Tensor | Sequence[float] = "l_simple",
         min_snr_loss_weight: bool = False,
         min_snr_gamma: float = 5.0,
+        p2_gamma: float = 1.0,
+        p2_k: float = 1.0,
+        decoder: str | None = None,
         ddim_sampling_eta: float = 0.0,
         auto_normalize: bool = True,
         offset_noise_strength: float = 0.0,
@@ -93,14 +110,17 @@ class GaussianDiffusion(ReverseProcess):
         elif isinstance(beta_schedule, NoiseSchedule):
             schedule = beta_schedule
         else:
-            schedule = NoiseSchedule(beta_schedule, name="beta_schedule")
+            schedule = NoiseSchedule(beta_schedule, name="beta_schedule", zero_terminal_snr=zero_terminal_snr)
+        if zero_terminal_snr:
+            schedule = schedule.with_zero_terminal_snr()
         if min_snr_loss_weight:
             if not isinstance(loss_weight, str) or loss_weight not in ("l_simple", "snr", "min_snr"):
                 raise ValueError(
                     f"min_snr_loss_weight=True is loss_weight='min_snr'; got loss_weight={loss_weight!r} too"
                 )
             loss_weight = "min_snr"
-        weight = make_loss_weight(schedule, objective, loss_weight, variance_kind=variance, min_snr_gamma=min_snr_gamma)
+        numbers = {"min_snr_gamma": min_snr_gamma, "p2_gamma": p2_gamma, "p2_k": p2_k}
+        weight = make_loss_weight(schedule, objective, loss_weight, variance=variance, **numbers)
         channels = _channels_of(model) if channels is None else checks.integer("channels", channels, 1)
         super().__init__(
             model,
@@ -110,13 +130,14 @@ class GaussianDiffusion(ReverseProcess):
             weight,
             clip_denoised,
             rng,
+            ("discretized" if auto_normalize else "gaussian") if decoder is None else decoder,
             shape=(channels, *_sizes(image_size)),
             sampler=sampler,
             sampling_timesteps=sampling_timesteps,
             ddim_sampling_eta=ddim_sampling_eta,
             auto_normalize=auto_normalize,
         )
-        self.loss_type = checks.choice("loss_type", loss_type, ops.LOSS_TYPES)
+        self.loss_type = _loss_type(loss_type, variance)
         self.offset_noise_strength = checks.finite("offset_noise_strength", offset_noise_strength, 0)
         self.immiscible = immiscible
 
@@ -170,7 +191,9 @@ class GaussianDiffusion(ReverseProcess):
         if self.overrides("q_sample"):
             x = self.q_sample(x_start=x_start, t=t, noise=noise)
         else:
-            dtype = None if self.self_condition else self.model_dtype(x_start)
+            # The bound reads x_t too, and in half precision it would be another.
+            exact = self.self_condition or self.loss_type in ("hybrid", "kl")
+            dtype = None if exact else self.model_dtype(x_start)
             x = ops.q_sample(x_start, t, self.q_sample_rows, dtype=dtype, **eps)
 
         x_self_cond = None
@@ -178,7 +201,21 @@ class GaussianDiffusion(ReverseProcess):
             with torch.no_grad():
                 x_self_cond = self.model_predictions(x, t, **if_any(model_kwargs))[1]
 
-        pred = self.predict(x, t, x_self_cond, model_kwargs)
+        prediction = self.predict(x, t, x_self_cond, model_kwargs)
+        if self.loss_type == "kl":
+            bits = self._bits_of_bound(x_start, x, t, prediction) * self.num_timesteps
+            return bits.mean() if loss_reduction == "mean" else bits
+        simple = self._simple_loss(prediction.pred, t, x_start, noise, eps, loss_reduction)
+        if self.loss_type != "hybrid":
+            return simple
+        detached = prediction._replace(pred=prediction.pred.detach())
+        bits = self._bits_of_bound(x_start, x, t, detached) * (self.num_timesteps / 1000)
+        return simple + (bits.mean() if loss_reduction == "mean" else bits)
+
+    def _simple_loss(
+        self, pred: Tensor, t: Tensor, x_start: Tensor, noise: Tensor | None, eps: dict[str, Tensor], reduction: str
+    ) -> Tensor:
+        """The weighted error of the prediction; eps is the noise as an op takes it."""
         rows = self.loss_rows
         if self.objective == "pred_v" and self.overrides("predict_v"):
             x_start, eps = self.predict_v(x_start, t, noise), {}
@@ -187,9 +224,12 @@ class GaussianDiffusion(ReverseProcess):
             x_start = None  # its p is 0
         elif self.objective == "pred_x0":
             eps = {}
-        return ops.weighted_loss(
-            pred, t, rows, x_start=x_start, loss_type=self.loss_type, reduction=loss_reduction, **eps
-        )
+        loss_type = "l2" if self.loss_type == "hybrid" else self.loss_type
+        return ops.weighted_loss(pred, t, rows, x_start=x_start, loss_type=loss_type, reduction=reduction, **eps)
+
+    def _bits_of_bound(self, x_start: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        """The bound's term at t of each sample, in bits/dim, (N,)."""
+        return likelihood.bound_term(self, x_start, x_t, t, prediction) / (x_t[0].numel() * math.log(2))
 
     def _training_noise(
         self, x_start: Tensor, noise: Tensor | None, strength: float | None, source: NoiseSource, as_tensor: bool
@@ -272,6 +312,59 @@ class GaussianDiffusion(ReverseProcess):
         given = {name: v for name, v in given.items() if v is not None and (name, v) != ("loss_reduction", "mean")}
         with drawing_from(self.noise_source(img, seed, sample_offset)):
             return self.p_losses(img, times, **given, **further)
+
+    def likelihood(
+        self,
+        images: Tensor,
+        *,
+        steps: int | None = None,
+        seed: Seed = None,
+        sample_offset: int = 0,
+        model_kwargs: ModelArguments | None = None,
+        progress: bool = False,
+    ) -> Likelihood:
+        """The variational bound on -log p of images, term by term; see `likelihood`. Ho et al. (2020), eq. 5.
+
+        Args:
+            images: (N, C, *image_size) in the range of `forward`; on 256 levels if the decoder is the discretized one.
+            steps: how many timesteps are evaluated for each image, at least 3; None for all T. Fewer of them give an
+                unbiased estimate with its standard error: t = 0, and others that are drawn at random for each image.
+            seed: of the noise and of these timesteps; None draws one from PyTorch's default generator.
+            sample_offset: index of the first image in the data set: the bound of an image is the same in any batch.
+            model_kwargs: further arguments of the network.
+            progress: show a bar.
+
+        Raises:
+            ValueError: images of another shape, range or number of levels, or steps that cannot be.
+        """
+        bounds = clip_bounds(self.clip_denoised)
+        checks.images(images, (self.channels, *self.image_size), unit_range=self.auto_normalize, bounds=bounds)
+        if self.decoder == "discretized" and images.dtype != torch.uint8:
+            levels = images.double() * 255 if self.auto_normalize else (images.double() + 1) * 127.5
+            checks.require(
+                (levels - levels.round()).abs().max() < 0.01,
+                lambda: (
+                    "the discretized decoder needs images on 256 levels, and these lie between them; give uint8 "
+                    "images, or a GaussianDiffusion with decoder='gaussian'"
+                ),
+            )
+        x = self.normalize(images)
+        memory_format = ops.channels_last_format(x.ndim)
+        x = x if memory_format is None else x.contiguous(memory_format=memory_format)
+        source = self.noise_source(x, seed, sample_offset)
+        return likelihood.evaluate(self, x, source, steps=steps, model_kwargs=model_kwargs, progress=progress)
+
+
+def _loss_type(name: str | None, variance: str) -> str:
+    is_learned = variance not in variances.VARIANCES
+    if name is None:
+        return "hybrid" if is_learned else "l2"
+    checks.choice("loss_type", name, LOSS_TYPES)
+    if is_learned and name not in ("hybrid", "kl"):
+        raise ValueError(f"loss_type {name!r} does not train a variance that is {variance}; take 'hybrid' or 'kl'")
+    if not is_learned and name == "hybrid":
+        raise ValueError(f"loss_type 'hybrid' trains a variance that is learned; variance {variance!r} is not")
+    return name
 
 
 def _channels_of(model: nn.Module) -> int:

@@ -19,6 +19,7 @@ Streams: 0 is x_T in a sampling run and eps in training, k + 1 the noise of the 
 """
 
 __all__ = [
+    "LIKELIHOOD",
     "OFFSET",
     "SECOND_IMAGE",
     "NoiseSource",
@@ -43,6 +44,7 @@ from .ops.noise import noise_of
 # Streams of other uses than the steps of a sampling run, which are fewer.
 OFFSET = 1 << 32  # offset noise in training
 SECOND_IMAGE = OFFSET + 1  # the second image of an interpolation
+LIKELIHOOD = OFFSET + 2  # of the variational bound: folded with t again; the next one chooses the timesteps
 
 
 def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, ops, samplers
+from . import checks, ops, samplers, variances
 from .noise import NoiseSource
 from .parameterization import target_rows, x_start_rows
-from .parameterization import variance as make_variance
 from .schedules import NoiseSchedule
+from .variational_bound import DECODERS, bound_rows
 
 RNGS = ("philox", "torch")
 Seed = int | torch.Generator | None
@@ -46,22 +46,33 @@ class DiffusionProcess(nn.Module):
     Args:
         schedule: the betas.
         objective: what the network predicts; see `parameterization`.
-        variance: sigma^2 of ancestral steps: posterior or beta.
+        variance: sigma^2 of ancestral steps, a name in `variances.NAMES`.
         loss_weight: the weight of each timestep, (T,), float64.
         rng: `philox` or `torch`: see `noise.NoiseSource`.
+        decoder: of the variational bound's last term, a name in `variational_bound.DECODERS`.
+
+    Attributes:
+        log_variance: with the variance `learnable` the parameter log sigma^2, (T,), float32; otherwise None.
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, objective: str, variance: str, loss_weight: Tensor, rng: str = "philox"
+        self,
+        schedule: NoiseSchedule,
+        objective: str,
+        variance: str,
+        loss_weight: Tensor,
+        rng: str = "philox",
+        decoder: str = "discretized",
     ) -> None:
         super().__init__()
         self.rng = checks.choice("rng", rng, RNGS)
         self.schedule = schedule
         self.objective = objective
-        self.variance = variance
+        self.variance = checks.choice("variance", variance, variances.NAMES)
+        self.decoder = checks.choice("decoder", decoder, DECODERS)
         self.num_timesteps = len(schedule)
         self._tables, self._rows = self._make_tables(loss_weight)
-        if not all(table.float().isfinite().all() for table in (self._tables | self._rows).values()):
+        if not all(_fits_float32(table) for table in (self._tables | self._rows).values()):
             raise ValueError(
                 f"float32 cannot hold the tables of this schedule: its {self.num_timesteps} timesteps leave "
                 f"abar_T = {schedule.alphas_cumprod[-1]:.3g} of the signal; take fewer timesteps or smaller betas"
@@ -71,6 +82,9 @@ class DiffusionProcess(nn.Module):
             self.register_buffer(name, table.to(device, torch.float32))
         for name, rows in self._rows.items():
             self.register_buffer(name, rows.to(device, torch.float32), persistent=False)
+        initial = variances.positive(schedule.posterior_variance, schedule).log()
+        learnable = nn.Parameter(initial.to(device, torch.float32)) if variance == variances.LEARNABLE else None
+        self.register_parameter("log_variance", learnable)
 
     def _make_tables(self, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The buffers that are saved, and the rows for the ops, in float64."""
@@ -91,18 +105,26 @@ class DiffusionProcess(nn.Module):
             "posterior_mean_coef2": schedule.posterior_mean_coef2,
             "loss_weight": weight,
         }
-        sigma2 = make_variance(schedule, self.variance)
         rows = {
             "q_sample_rows": torch.stack([a, s], dim=1),  # (T, 2)
             "x_start_rows": torch.stack(x_start_rows(schedule, self.objective), dim=1),  # (T, 2)
             "loss_rows": torch.stack([*target_rows(schedule, self.objective), weight], dim=1),  # (T, 3)
-            "variance_rows": torch.stack([sigma2, sigma2.clamp(min=1e-20).log()], dim=1),  # (T, 2)
-            "ancestral_rows": samplers.ancestral(schedule, self.objective, variance=self.variance).rows,  # (T, 6)
+            "bound_rows": bound_rows(schedule, self.objective, self.variance, self.decoder),  # (T or T + 1, 6 or 8)
         }
+        if self.variance != variances.LEARNABLE:
+            rows["ancestral_rows"] = samplers.ancestral(schedule, self.objective, variance=self.variance).rows
+        if self.variance in variances.VARIANCES:
+            sigma2 = variances.variance(schedule, self.variance)
+            rows["variance_rows"] = torch.stack([sigma2, sigma2.clamp(min=1e-20).log()], dim=1)  # (T, 2)
+        elif self.variance in variances.LEARNED_VARIANCES:
+            rows["log_variance_bounds"] = variances.log_bounds(schedule, self.variance)  # (T, 2)
         return tables, rows
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiffusionProcess":
+        exact = None if self.log_variance is None else self.log_variance.data
         super()._apply(fn, recurse)
+        if exact is not None and self.log_variance.dtype in (torch.float16, torch.bfloat16):
+            self.log_variance.data = exact.to(self.log_variance.device)
         # In half precision, 1 - abar would be 0 for the first timesteps.
         self._renew_tables(torch.float64 if self.betas.dtype == torch.float64 else torch.float32)
         return self
@@ -136,6 +158,17 @@ class DiffusionProcess(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.betas.device
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network's output has a second half, from which the variance follows."""
+        return self.variance in variances.LEARNED_VARIANCES
+
+    def ancestral_variance(self) -> str | Tensor:
+        """What `samplers.ancestral` takes: the name of the variance, or what `log_variance` has come to."""
+        if self.log_variance is None:
+            return self.variance
+        return self.log_variance.detach().cpu().double().exp()
 
     def _at(self, rows: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The columns of rows at t, shaped to broadcast against x."""
@@ -188,9 +221,9 @@ class DiffusionProcess(nn.Module):
         return recip * x_t - recipm1 * noise
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """eps = (x_t / a - x_0) a / s."""
-        recip, recipm1 = self._extract(t, x_t, self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
-        return (recip * x_t - x0) / recipm1
+        """eps = (x_t - a x_0) / s."""
+        a, s = self._extract(t, x_t, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        return (x_t - a * x0) / s
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = a eps - s x_0. Salimans & Ho (2022), appendix D."""
@@ -213,3 +246,9 @@ class DiffusionProcess(nn.Module):
             self.posterior_log_variance_clipped,
         )
         return coef1 * x_start + coef2 * x_t, variance, log_variance
+
+
+def _fits_float32(table: Tensor) -> bool:
+    """Whether float32 holds it, but for 1 / a at the end of a schedule whose terminal SNR is 0."""
+    finite = table.float().isfinite()
+    return bool(finite[:-1].all() and (finite[-1] | table[-1].isinf()).all())

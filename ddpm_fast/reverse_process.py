@@ -39,7 +39,7 @@ class ReverseProcess(Denoiser):
     """A denoiser that samples.
 
     Args:
-        model, schedule, objective, variance, loss_weight, clip_denoised, rng: see `Denoiser`.
+        model, schedule, objective, variance, loss_weight, clip_denoised, rng, decoder: see `Denoiser`.
         shape: of a sample, (C, ...).
         sampler, sampling_timesteps, ddim_sampling_eta: what `sample` takes where it is given none.
         auto_normalize: samples are mapped from [-1, 1] to [0, 1].
@@ -54,6 +54,7 @@ class ReverseProcess(Denoiser):
         loss_weight: Tensor,
         clip_denoised: bool | tuple[float, float],
         rng: str,
+        decoder: str,
         *,
         shape: tuple[int, ...],
         sampler: str | None,
@@ -61,7 +62,7 @@ class ReverseProcess(Denoiser):
         ddim_sampling_eta: float,
         auto_normalize: bool,
     ) -> None:
-        super().__init__(model, schedule, objective, variance, loss_weight, clip_denoised, rng)
+        super().__init__(model, schedule, objective, variance, loss_weight, clip_denoised, rng, decoder)
         self.channels, *self.image_size = shape
         self.image_size = tuple(self.image_size)
         steps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
@@ -109,12 +110,19 @@ class ReverseProcess(Denoiser):
             visited = len(samplers.strided_timesteps(self.num_timesteps, steps))
             sampler = fewer if visited < self.num_timesteps else "ddpm"
         function = samplers.SAMPLERS[checks.choice("sampler", sampler, samplers.SAMPLERS)]
-        own = {"eta": self.ddim_sampling_eta if eta is None else eta, "variance": self.variance}
+        own = {"eta": self.ddim_sampling_eta if eta is None else eta, "variance": self.ancestral_variance()}
         wanted = inspect.signature(function).parameters
         chosen = {name: value for name, value in own.items() if name in wanted}
         if eta and "eta" not in wanted:
             chosen["eta"] = eta  # an error that says what the sampler takes
         return samplers.make(sampler, self.schedule, self.objective, steps, **chosen)
+
+    def _whole_chain(self) -> Tensor:
+        """The rows of ancestral sampling over all timesteps, (T, 6), with a learned variance (T, 8)."""
+        if self.log_variance is None:
+            return self.ancestral_rows
+        table = samplers.ancestral(self.schedule, self.objective, variance=self.ancestral_variance())
+        return table.rows.to(self.betas)
 
     def _start(
         self,
@@ -127,7 +135,8 @@ class ReverseProcess(Denoiser):
         model_kwargs: ModelArguments | None = None,
     ) -> Run:
         """A run from the state x before step `start_step`, in [-1, 1]."""
-        whole_chain = torch.equal(table.rows.to(self.ancestral_rows), self.ancestral_rows)
+        ancestral = self._whole_chain()
+        whole_chain = table.rows.shape == ancestral.shape and torch.equal(table.rows.to(ancestral), ancestral)
         how = {"start_step": start_step, "model_kwargs": model_kwargs}
         if self.overrides(*(self.CALLED_BY_P_SAMPLE if whole_chain else self.CALLED_BY_DDIM_SAMPLE)):
             return MethodRun(self, x, table, source, **how, by_p_sample=whole_chain)
@@ -297,14 +306,15 @@ class ReverseProcess(Denoiser):
         z = {} if t == 0 else {"noise": noise}
         if t > 0 and noise is None and source.keyed:
             z = source.arguments(stream, x.shape)
-        pred = self.predict(x, times, x_self_cond, model_kwargs)
+        pred, v = self.predict(x, times, x_self_cond, model_kwargs)
         if t > 0 and noise is None and not source.keyed:
             z = source.arguments(stream, x.shape)  # after the network, as other packages draw it
         x, x_start, _ = ops.reverse_step(
             x,
             pred,
             torch.tensor(self.num_timesteps - 1 - t, device=x.device),
-            self.ancestral_rows,
+            self._whole_chain(),
+            variance=v,
             clip=clip_bounds(self.clip_denoised),
             return_x_start=True,
             **z,

@@ -68,6 +68,7 @@ class SamplingRun:
             "keyed": source.keyed,
             "noisy": bool((table.sigma[start_step:] > 0).any()),
             "multistep": bool((table.C != 0).any()),
+            "learned": table.log_bounds is not None,
             "with_x_start": with_x_start,
         }
 
@@ -138,6 +139,11 @@ class MethodRun:
         self._source, self._table, self._first = source, table, start_step
         self._further, self._by_p_sample = if_any(model_kwargs), by_p_sample
         self._clips = clip_bounds(denoiser.clip_denoised) is not None
+        if table.log_bounds is not None and not by_p_sample:
+            raise ValueError(
+                "ancestral steps of a learned variance go through p_sample, for all timesteps; for fewer of them, with "
+                "model_predictions overridden, take another sampler"
+            )
 
     @torch.no_grad()
     def step(self, k: int) -> None:
@@ -157,7 +163,7 @@ class MethodRun:
         eps, x_start = self._denoiser.model_predictions(
             x, times, x_self_cond, clip_x_start=self._clips, rederive_pred_noise=True, **self._further
         )
-        *_, A, B, C, sigma = self._table.rows[k].tolist()
+        A, B, C, sigma = self._table.rows[k, 2:6].tolist()
         schedule = self._denoiser.schedule
         a, s = (v[t].item() for v in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod))
         x_next = (B + A * a) * x_start + A * s * eps

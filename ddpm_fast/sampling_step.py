@@ -22,6 +22,7 @@ class SamplingStep:
         keyed: whether the noise is made from keys.
         noisy: whether there is noise at all, if it is made from keys.
         multistep: whether a step reads the x0_hat before.
+        learned: whether a step's variance follows from the network.
         with_x_start: whether to keep x0_hat although neither sampler nor network needs it.
         model_kwargs: further arguments of the network, of the shapes that all runs have.
 
@@ -39,6 +40,7 @@ class SamplingStep:
         keyed: bool,
         noisy: bool,
         multistep: bool,
+        learned: bool,
         with_x_start: bool,
         model_kwargs: ModelArguments,
     ) -> None:
@@ -49,12 +51,12 @@ class SamplingStep:
         self.x_start = torch.zeros_like(self.x) if needed else None
         dtype = denoiser.model_dtype(x)
         self._model_input = self.x if dtype == x.dtype else torch.empty_like(self.x, dtype=dtype)
-        self._multistep = multistep
+        self._multistep, self._learned = multistep, learned
         self._clip = clip_bounds(denoiser.clip_denoised)
         self.index = torch.zeros(1, dtype=torch.int64, device=x.device)
         self._indices = torch.arange(capacity, device=x.device)
         self._timesteps = torch.zeros(capacity, dtype=torch.int64, device=x.device)
-        self._rows = torch.zeros(capacity, 6, dtype=x.dtype, device=x.device)
+        self._rows = torch.zeros(capacity, 8 if learned else 6, dtype=x.dtype, device=x.device)
         self._keys = None
         if keyed and noisy:
             self._keys = torch.zeros(capacity, len(x), 2, dtype=torch.int64, device=x.device)
@@ -127,7 +129,7 @@ class SamplingStep:
         x, model_input = self.x, self._model_input
         further = self._model_kwargs if time_row is None else self._model_kwargs | {"time_row": time_row}
         with packed(self._weights):
-            pred = denoiser.predict(model_input, t.expand(len(x)), self.x_start if conditioned else None, further)
+            pred, v = denoiser.predict(model_input, t.expand(len(x)), self.x_start if conditioned else None, further)
         # The op writes the next input of a network in half precision; a float64 network's is converted.
         written = model_input is not x and pred.dtype == model_input.dtype and model_input.itemsize < x.itemsize
         ops.reverse_step(
@@ -138,6 +140,7 @@ class SamplingStep:
             noise=noise,
             keys=self._keys,
             x_start_prev=self.x_start if self._multistep else None,
+            variance=v if self._learned else None,
             clip=self._clip,
             out=ops.ReverseStep(x, self.x_start, model_input if written else None),
         )

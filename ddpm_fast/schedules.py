@@ -29,16 +29,20 @@ class NoiseSchedule:
     Args:
         betas: T variances, each inside (0, 1): a tensor, an array or a list.
         name: what the schedule is called in error messages.
+        zero_terminal_snr: the last beta may be 1, so that x_T holds no signal at all.
 
     Raises:
         ValueError: the betas are not one axis of finite numbers inside (0, 1).
     """
 
-    def __init__(self, betas: Tensor | Sequence[float], *, name: str = "betas") -> None:
+    def __init__(
+        self, betas: Tensor | Sequence[float], *, name: str = "betas", zero_terminal_snr: bool = False
+    ) -> None:
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
         if betas.ndim != 1 or not len(betas):
             raise ValueError(f"{name}: betas must have the shape (timesteps,), got {tuple(betas.shape)}")
         outside = ~((betas > 0) & (betas < 1))  # true for NaN as well
+        outside[-1] &= not (zero_terminal_snr and betas[-1] == 1)
         if outside.any():
             t = int(outside.nonzero()[0])
             raise ValueError(
@@ -49,6 +53,17 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    def with_zero_terminal_snr(self) -> "NoiseSchedule":
+        """The schedule whose abar_T is 0: sqrt(abar), shifted and scaled. Lin et al. (2023), algorithm 1.
+
+        Sampling begins with noise alone, and so should the training. Not for networks that predict eps.
+        """
+        a = self.sqrt_alphas_cumprod
+        if len(a) == 1:
+            raise ValueError("a schedule of one timestep cannot have a terminal SNR of 0: it would hold no signal")
+        abar = ((a - a[-1]) * (a[0] / (a[0] - a[-1]))).square()
+        return NoiseSchedule(1 - abar / torch.cat([abar.new_ones(1), abar[:-1]]), zero_terminal_snr=True)
 
     @cached_property
     def alphas(self) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast import ops, parameterization, samplers, schedules
+from ddpm_fast import diffusion, loss_weights, parameterization, samplers, schedules, variances
 from ddpm_fast.training.config import ConfigError, build_diffusion, check, expanded, load
 
 SMALL = {
@@ -67,16 +67,17 @@ REGISTRIES = {
     "sampler": samplers.SAMPLERS,
     "objective": parameterization.OBJECTIVES,
     "beta_schedule": schedules.SCHEDULES,
-    "variance": parameterization.VARIANCES,
-    "loss_weight": parameterization.LOSS_WEIGHTS,
-    "loss_type": ops.LOSS_TYPES,
+    "variance": variances.NAMES,
+    "loss_weight": loss_weights.LOSS_WEIGHTS,
+    "loss_type": diffusion.LOSS_TYPES,
 }
 
 
 @pytest.mark.parametrize("key", REGISTRIES)
 def test_every_name_of_a_registry_is_valid_and_an_error_lists_them(key):
     for name in REGISTRIES[key]:
-        build_diffusion(check(changed(**{f"diffusion__{key}": name})))
+        further = {"diffusion__variance": "learned"} if name == "hybrid" else {}
+        build_diffusion(check(changed(**{f"diffusion__{key}": name}, **further)))
     with pytest.raises(ConfigError) as raised:
         check(changed(**{f"diffusion__{key}": "no such name"}))
     assert str(raised.value).endswith(f"given 'no such name'; needed: one of {', '.join(REGISTRIES[key])}")

@@ -4,7 +4,8 @@ from small_diffusion import images, make
 from torch import nn
 
 from ddpm_fast import noise
-from ddpm_fast.parameterization import OBJECTIVES, loss_weight
+from ddpm_fast.loss_weights import loss_weight
+from ddpm_fast.parameterization import OBJECTIVES
 
 
 def test_training_noise_of_an_image_does_not_depend_on_its_batch():
@@ -86,7 +87,7 @@ def test_weights_use_the_arguments_given():
         for arguments in given:
             torch.testing.assert_close(make(objective=objective, **arguments).loss_weight, expected.float())
         vlb = make(objective=objective, variance="beta", loss_weight="vlb").loss_weight
-        torch.testing.assert_close(vlb, loss_weight(schedule, objective, "vlb", variance_kind="beta").float())
+        torch.testing.assert_close(vlb, loss_weight(schedule, objective, "vlb", variance="beta").float())
 
 
 def test_noise_may_be_given_and_is_not_changed():

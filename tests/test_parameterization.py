@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ddpm_fast import schedules
-from ddpm_fast.parameterization import LOSS_WEIGHTS, OBJECTIVES, loss_weight, target_rows, x_start_rows
+from ddpm_fast.loss_weights import LOSS_WEIGHTS, loss_weight
+from ddpm_fast.parameterization import OBJECTIVES, target_rows, x_start_rows
 
 SCHEDULE = schedules.make("cosine", 1000)
 
@@ -52,7 +53,7 @@ def test_weight_vlb_is_the_divergence_of_two_gaussians(objective, variance):
     error = 0.3
     distance = s.posterior_mean_coef1 * w * error
     kl = (distance**2 / (2 * sigma2))[1:]
-    weight = loss_weight(s, objective, "vlb", variance_kind=variance)
+    weight = loss_weight(s, objective, "vlb", variance=variance)
     torch.testing.assert_close(weight[1:] * error**2, kl, rtol=1e-12, atol=0)
     first = sigma2[0] if variance == "beta" else sigma2[1]
     assert weight[0].item() == pytest.approx((w[0] ** 2 / (2 * first)).item())

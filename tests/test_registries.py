@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_fast import GaussianDiffusion, parameterization, samplers, schedules
+from ddpm_fast import GaussianDiffusion, loss_weights, parameterization, samplers, schedules, variances
 from ddpm_fast.training.config import ConfigError, build_diffusion, check
 
 SCHEDULE = schedules.make("cosine", 20)
@@ -38,8 +38,8 @@ def late(schedule, w):
 def added(monkeypatch):
     monkeypatch.setitem(samplers.SAMPLERS, "euler", euler)
     monkeypatch.setitem(parameterization.OBJECTIVES, "scaled_noise", scaled_noise)
-    monkeypatch.setitem(parameterization.VARIANCES, "middle", middle)
-    monkeypatch.setitem(parameterization.LOSS_WEIGHTS, "late", late)
+    monkeypatch.setitem(variances.VARIANCES, "middle", middle)
+    monkeypatch.setitem(loss_weights.LOSS_WEIGHTS, "late", late)
     monkeypatch.setitem(schedules.SCHEDULES, "square", square)
 
 
@@ -105,7 +105,7 @@ def test_a_step_table_that_does_not_fit_is_an_error(tiny_network):
 def test_the_weights_former_names_still_work():
     for former, name in {"snr": "l_simple", "simple": "uniform"}.items():
         for objective in parameterization.OBJECTIVES:
-            weights = [parameterization.loss_weight(SCHEDULE, objective, kind) for kind in (former, name)]
+            weights = [loss_weights.loss_weight(SCHEDULE, objective, kind) for kind in (former, name)]
             assert torch.equal(*weights)
 
 

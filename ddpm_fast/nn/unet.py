@@ -38,7 +38,7 @@ class UNet(nn.Module):
     Args:
         image_size: H = W; divisible by 2 for each level after the first.
         channels: of the images.
-        out_channels: of the prediction; `channels` if None.
+        learned_variance: predict the variance too, in as many channels more.
         dim: channels of the first level, even.
         dim_mults: channels of each level, as multiples of dim. Each level after the first has half the resolution.
         num_res_blocks: residual blocks a level, on the way down; one more on the way up.
@@ -59,7 +59,7 @@ class UNet(nn.Module):
         *,
         image_size: int,
         channels: int = 3,
-        out_channels: int | None = None,
+        learned_variance: bool = False,
         dim: int = 128,
         dim_mults: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 2,
@@ -120,7 +120,7 @@ class UNet(nn.Module):
             self.up.append(_Level(blocks, attentions, Upsample(c) if level else None))
 
         self.norm_out = GroupNorm(norm_groups, c, norm_eps)
-        self.conv_out = Conv2d(c, out_channels or channels, 3, padding=1)
+        self.conv_out = Conv2d(c, 2 * channels if learned_variance else channels, 3, padding=1)
 
         # One product projects t for all blocks: hundreds of small ones would each cost a launch.
         self.blocks_out = [block.out_channels for block in self._blocks()]
@@ -174,7 +174,8 @@ class UNet(nn.Module):
             time_row: (D,), the row of `time_rows` of a timestep that all samples share, instead of t.
 
         Returns:
-            (N, out_channels, H, W), channels-last, in the dtype of the weights (or of autocast).
+            (N, channels, H, W), or (N, 2 channels, H, W) with a learned variance; channels-last, in the dtype of the
+            weights (or of autocast).
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit.

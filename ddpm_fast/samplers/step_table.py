@@ -12,6 +12,9 @@ from torch import Tensor
 class StepTable:
     """K steps in the order in which they are taken, each field of shape (K,): t int64, the others float64.
 
+    Where the network predicts the variance, sigma is 1, or 0 for a step without noise, and `log_bounds`, (K, 2), holds
+    the logs of the lower and the upper variance.
+
     Raises:
         ValueError: fields of different lengths, or coefficients that are not finite.
     """
@@ -23,11 +26,12 @@ class StepTable:
     B: Tensor
     C: Tensor
     sigma: Tensor
+    log_bounds: Tensor | None = None
 
     def __post_init__(self) -> None:
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, column in columns.items():
-            if column.shape != (len(self.t),) or not column.isfinite().all():
+        for name, column in self._columns().items():
+            wanted = (len(self.t), 2) if name == "log_bounds" else (len(self.t),)
+            if column.shape != wanted or not column.isfinite().all():
                 raise ValueError(
                     f"a StepTable of {len(self.t)} steps needs as many finite numbers in {name}; got {column}"
                 )
@@ -35,7 +39,15 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.t)
 
+    def _columns(self) -> dict[str, Tensor]:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column for name, column in columns.items() if column is not None}
+
     @property
     def rows(self) -> Tensor:
-        """The coefficients as `ops.reverse_step` takes them: (u, w, A, B, C, sigma), shape (K, 6), float64."""
-        return torch.stack([getattr(self, field.name) for field in fields(self)[1:]], dim=1)
+        """The coefficients as `ops.reverse_step` takes them, float64.
+
+        Shape (K, 6): (u, w, A, B, C, sigma); with `log_bounds` (K, 8).
+        """
+        _, *columns = self._columns().values()
+        return torch.column_stack(columns)

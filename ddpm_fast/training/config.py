@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from .. import ops, parameterization, samplers, schedules
-from ..diffusion import GaussianDiffusion
+from .. import loss_weights, parameterization, samplers, schedules, variances
+from ..diffusion import LOSS_TYPES, GaussianDiffusion
 from ..nn.unet import UNet
 
 
@@ -116,11 +116,14 @@ class DiffusionConfig(_Section):
     objective: Annotated[str, _name_in(parameterization.OBJECTIVES)] = "pred_noise"
     beta_schedule: Annotated[str, _name_in(schedules.SCHEDULES)] = "linear"
     schedule_fn_kwargs: dict[str, float] = {}
-    variance: Annotated[str, _name_in(parameterization.VARIANCES)] = "posterior"
+    zero_terminal_snr: bool = False
+    variance: Annotated[str, _name_in(variances.NAMES)] = "posterior"
     clip_denoised: bool | tuple[float, float] = True
-    loss_type: Annotated[str, _name_in(ops.LOSS_TYPES)] = "l2"
-    loss_weight: Annotated[str, _name_in(parameterization.LOSS_WEIGHTS)] = "l_simple"
+    loss_type: Annotated[str, _name_in(LOSS_TYPES)] | None = None
+    loss_weight: Annotated[str, _name_in(loss_weights.LOSS_WEIGHTS)] = "l_simple"
     min_snr_gamma: float = Field(5.0, gt=0)
+    p2_gamma: float = Field(1.0, ge=0)
+    p2_k: float = Field(1.0, gt=0)
     ddim_sampling_eta: float = Field(0.0, ge=0)
 
 
@@ -253,6 +256,8 @@ def build_diffusion(config: RunConfig) -> GaussianDiffusion:
     """
     arguments = config.model.model_dump(exclude_none=True)
     preset = arguments.pop("preset", None)
+    if config.diffusion.variance in variances.LEARNED_VARIANCES:
+        arguments["learned_variance"] = True
     try:
         model = UNet.preset(preset, **arguments) if preset else UNet(**arguments)
     except (TypeError, ValueError) as error:
