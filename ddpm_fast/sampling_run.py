@@ -162,7 +162,7 @@ class MethodRun:
         x, times = self.x, torch.full((len(self.x),), t, device=self.x.device)
         eps, x_start = self._denoiser.model_predictions(
             x, times, x_self_cond, clip_x_start=self._clips, rederive_pred_noise=True, **self._further
-        )
+        )[:2]
         A, B, C, sigma = self._table.rows[k, 2:6].tolist()
         schedule = self._denoiser.schedule
         a, s = (v[t].item() for v in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod))
