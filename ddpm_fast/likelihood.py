@@ -182,7 +182,7 @@ class _Strata:
 
     t = 0 always is, since its term is the largest and unlike the others. The rest are drawn at random, two or three
     without replacement from each of (K - 1) / 2 ranges of timesteps: the estimate is unbiased, and so is that of its
-    variance.
+    variance. The ranges grow like powers where they can, since terms fall about as 1 / t.
 
     Raises:
         ValueError: K is below 3 or above T.
@@ -194,9 +194,12 @@ class _Strata:
             self.ranges, self.draws = [range(timesteps)], [timesteps]
             return
         count = (steps - 1) // 2
-        ends = torch.linspace(1, timesteps, count + 1, dtype=torch.float64).round().int().tolist()
-        self.ranges = [range(1), *(range(a, b) for a, b in itertools.pairwise(ends))]
         self.draws = [1, *[2] * (count - 1), 2 + (steps - 1) % 2]
+        ends = [1]
+        for i, m in enumerate(self.draws[1:], 1):
+            most = timesteps - sum(self.draws[i + 1 :])
+            ends.append(min(max(round(timesteps ** (i / count)), ends[-1] + m), most))
+        self.ranges = [range(1), *(range(a, b) for a, b in itertools.pairwise(ends))]
 
     def choose(self, n: int, source: NoiseSource) -> Tensor:
         """(n, K), int64, rising; those of an image depend on the seed and its index alone."""

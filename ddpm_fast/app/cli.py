@@ -1,4 +1,4 @@
-"""The command line: ddpm-fast demo | train | sample | info | estimate."""
+"""The command line: ddpm-fast demo | train | sample | evaluate | info | estimate."""
 
 __all__ = ["main"]
 
@@ -86,6 +86,20 @@ def sample(options: argparse.Namespace) -> None:
         print(written)
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    from ..training.config import expanded
+    from ..training.run import load_run
+    from .evaluate import evaluate
+
+    run = load_run(expanded(options.run))
+    chosen = {name: getattr(options, name) for name in ("n", "seed", "precision", "real")}
+    try:
+        found = evaluate(run, steps=options.steps or None, **chosen)
+    except ValueError as error:
+        sys.exit(f"ddpm-fast evaluate: {error}")
+    print(f"{found}\nsee {run.folder / 'likelihood.png'}")
+
+
 def estimate(options: argparse.Namespace) -> None:
     from ..training import config
     from .estimate import estimate
@@ -130,6 +144,17 @@ def _parser() -> argparse.ArgumentParser:
             "config", metavar="CONFIG.json", help="a JSON file, or the name of a shipped one, such as digits"
         )
 
+    def run_argument(to: argparse.ArgumentParser) -> None:
+        to.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or one of its checkpoints")
+
+    def precision_argument(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--precision",
+            choices=("auto", "fp32", "bf16", "fp16"),
+            default="auto",
+            help="that the network is computed in (default: auto, which is bf16 where the device computes in it)",
+        )
+
     p = command(demo, "demo", "Train on scanned digits and sample, in three minutes on a laptop's CPU.")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
 
@@ -143,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the folder")
 
     p = command(sample, "sample", "Sample images from a trained model.")
-    p.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or one of its checkpoints")
+    run_argument(p)
     p.add_argument("-n", type=int, default=64, help="number of images (default: %(default)s)")
     p.add_argument(
         "--seed",
@@ -158,18 +183,31 @@ def _parser() -> argparse.ArgumentParser:
         "dpmpp_2m with --steps and ddim without",
     )
     p.add_argument("--steps", type=int, help="default: diffusion.sampling_timesteps of the run's config")
-    p.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="that the network is computed in (default: auto, which is bf16 where the device computes in it)",
-    )
+    precision_argument(p)
     p.add_argument(
         "--out",
         type=Path,
         default=Path("samples.png"),
         help="NAME.png for a grid (default: %(default)s), else a folder for one PNG file per image",
     )
+
+    p = command(evaluate, "evaluate", "The variational bound of images under a trained model, in bits/dim.")
+    run_argument(p)
+    p.add_argument(
+        "--real",
+        metavar="PATH",
+        type=Path,
+        help="the images: a file or folder of the kind that the run was trained on (default: those of the training)",
+    )
+    p.add_argument("-n", type=int, default=1000, help="number of images (default: %(default)s)")
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=100,
+        help="timesteps that are evaluated for each image, drawn by the seed; 0 for all (default: %(default)s)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the noise, the timesteps and the images (default: 0)")
+    precision_argument(p)
 
     command(info.main, "info", "Versions, devices and backends, and why a backend is missing.")
 

@@ -1,6 +1,6 @@
-"""Picture files: images, grids of images, and the curve of the loss."""
+"""Picture files: images, grids of images, and curves."""
 
-__all__ = ["PictureError", "save_grid", "save_images", "save_loss", "to_uint8"]
+__all__ = ["PictureError", "save_bound", "save_grid", "save_images", "save_loss", "to_uint8"]
 
 import math
 from collections.abc import Iterator
@@ -111,5 +111,28 @@ def save_loss(history: list[tuple[int, float]], path: str | Path) -> None:
     axes.loglog(*zip(*history, strict=True))
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(which="both", alpha=0.3)
+    with _replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def save_bound(curve: list[tuple[int, int, float, float, float]], path: str | Path) -> None:
+    """Plots the terms of the variational bound, and the errors of x0_hat and eps, over the timesteps.
+
+    Args:
+        curve: (first timestep, last, term in bits/dim, mean squared error of x0_hat, and of eps) for each range.
+    """
+    from matplotlib.figure import Figure
+
+    t = [1 + (first + last) / 2 for first, last, *_ in curve]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.loglog(t, [row[2] for row in curve])
+    left.set(xlabel="t + 1", ylabel="bits/dim of one timestep")
+    right.loglog(t, [row[3] for row in curve], label="x_0")
+    right.loglog(t, [row[4] for row in curve], label="eps")
+    right.set(xlabel="t + 1", ylabel="mean squared error")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(which="both", alpha=0.3)
     with _replaced(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -2,6 +2,7 @@
 
 RUN/
     config.json  metrics.json  checkpoints/  previews/  loss.png  samples.png  denoising.png
+    likelihood.json  likelihood.png    of an evaluation
 """
 
 __all__ = [
