@@ -1,4 +1,4 @@
-"""The command line: ddpm-fast demo | train | sample | evaluate | info | estimate."""
+"""The command line: ddpm-fast demo | train | sample | evaluate | info | check | estimate."""
 
 __all__ = ["main"]
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import info, samplers
+from .. import info, samplers, schedules
 
 if TYPE_CHECKING:
     from ..training.config import RunConfig
@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.command is info.main:
         return info.main()
+    if options.command is check:  # like info, it needs no more than PyTorch
+        return check(options)
     try:
         from ..training import checkpoint, config, data, pictures, run
     except ModuleNotFoundError as error:
@@ -105,6 +107,21 @@ def estimate(options: argparse.Namespace) -> None:
     from .estimate import estimate
 
     print(estimate(config.load(options.config)))
+
+
+def check(options: argparse.Namespace) -> None:
+    from ..conformance import CannotCheck
+    from .check import run
+
+    chosen = {name: getattr(options, name) for name in ("steps", "schedule", "timesteps", "claim", "precision")}
+    chosen |= {"settings": options.set, "step_settings": options.set_step, "json_file": options.json}
+    try:
+        report = run(options.sampler, **chosen)
+    except (CannotCheck, OSError) as error:
+        sys.exit(f"ddpm-fast check: {error}")
+    print(report.markdown())
+    if not report.passed:
+        sys.exit(1)
 
 
 def _folder_of_run(path: Path, chosen: "RunConfig") -> Path:
@@ -210,6 +227,31 @@ def _parser() -> argparse.ArgumentParser:
     precision_argument(p)
 
     command(info.main, "info", "Versions, devices and backends, and why a backend is missing.")
+
+    p = command(
+        check, "check", "Check a sampler or scheduler against the exact Gaussian case. The class is imported and run."
+    )
+    p.add_argument("sampler", metavar="MODULE:NAME", help="a class, such as diffusers:DDIMScheduler, or a function")
+    p.add_argument("--steps", type=int, nargs="+", default=[10, 30, 100], help="numbers of steps (default: 10 30 100)")
+    p.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="an argument of the class; may be repeated"
+    )
+    p.add_argument(
+        "--set-step", metavar="KEY=VALUE", action="append", default=[], help="an argument of its step, such as eta=1.0"
+    )
+    p.add_argument(
+        "--claim",
+        metavar="SAMPLER[,KEY=VALUE]",
+        help="the algorithm that it should be, such as ddim,eta=1.0 (default: what diffusers' names and options say)",
+    )
+    p.add_argument("--schedule", default="linear", choices=tuple(schedules.SCHEDULES), help="default: %(default)s")
+    p.add_argument("--timesteps", type=int, default=1000, help="T of the schedule (default: %(default)s)")
+    p.add_argument(
+        "--precision",
+        choices=("float32", "float64"),
+        help="that its coefficients are computed in (default: that of the class's table, float64 for a function)",
+    )
+    p.add_argument("--json", metavar="FILE", type=Path, help="write the report to this file as well")
 
     p = command(estimate, "estimate", "Measure the time and the memory of a training step.")
     config_argument(p)
