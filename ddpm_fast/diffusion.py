@@ -5,7 +5,7 @@ and the weighted error is the loss. The arithmetic is in `ops`; the coefficients
 `parameterization` and `samplers`.
 
 The class is built up downwards: `DiffusionProcess` has the tables and closed forms, `Denoiser` adds the network,
-`ReverseProcess` sampling, and `GaussianDiffusion` the loss.
+`ReverseProcess` sampling, `ImageEditing` sampling from given images, and `GaussianDiffusion` the loss.
 """
 
 __all__ = ["GaussianDiffusion"]
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from . import checks, likelihood, ops, schedules, variances
 from .denoiser import ModelArguments, Prediction, clip_bounds, if_any
+from .image_editing import ImageEditing
 from .likelihood import Likelihood
 from .loss_weights import loss_weight as make_loss_weight
 from .noise import OFFSET, NoiseSource
 from .process import Seed, drawing_from
-from .reverse_process import ReverseProcess
 from .schedules import NoiseSchedule
 
 LOSS_TYPES = (*ops.LOSS_TYPES, "hybrid", "kl")
 
 
-class GaussianDiffusion(ReverseProcess):
+class GaussianDiffusion(ImageEditing):
     """Denoising diffusion around a network. Ho et al. (2020).
 
     `forward` takes and `sample` gives values in [0, 1]; all other methods work in [-1, 1], the range of the network.
@@ -45,6 +45,8 @@ class GaussianDiffusion(ReverseProcess):
         timesteps: T. A `beta_schedule` given as numbers has its own.
         sampling_timesteps: steps of `sample` where it is given none; fewer than T select DDIM.
         sampler: of `sample` where it is given none; a name in `samplers.SAMPLERS`.
+        spacing: of the timesteps of `sample` where it is given none; a name in `samplers.SPACINGS`, or None for the
+            sampler's own.
         objective: what the network predicts, a name in `parameterization.OBJECTIVES`: pred_noise, pred_x0, pred_v or
             pred_mean.
         beta_schedule: a name of `schedules.make`, a `NoiseSchedule`, or T betas.
@@ -85,6 +87,7 @@ class GaussianDiffusion(ReverseProcess):
         timesteps: int = 1000,
         sampling_timesteps: int | None = None,
         sampler: str | None = None,
+        spacing: str | None = None,
         objective: str = "pred_v",
         beta_schedule: str | NoiseSchedule | Tensor | Sequence[float] = "sigmoid",
         schedule_fn_kwargs: Mapping[str, float] | None = None,
@@ -134,6 +137,7 @@ class GaussianDiffusion(ReverseProcess):
             shape=(channels, *_sizes(image_size)),
             sampler=sampler,
             sampling_timesteps=sampling_timesteps,
+            spacing=spacing,
             ddim_sampling_eta=ddim_sampling_eta,
             auto_normalize=auto_normalize,
         )
@@ -143,7 +147,7 @@ class GaussianDiffusion(ReverseProcess):
 
     # What a subclass may override: see `overrides`.
     _OVERRIDABLE = (
-        *ReverseProcess.CALLED_BY_P_SAMPLE, "p_sample_loop", "ddim_sample", "q_sample", "predict_v", "p_losses",
+        *ImageEditing.CALLED_BY_P_SAMPLE, "p_sample_loop", "ddim_sample", "q_sample", "predict_v", "p_losses",
         "normalize", "unnormalize",
     )  # fmt: skip
 

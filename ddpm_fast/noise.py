@@ -15,10 +15,12 @@ sqrt(-2 ln u_0) times cos and sin of 2 pi u_1.
 Images are counted channels-last, as the kernels walk them, and come out in that memory format. Data without image
 axes, (N, D) and (N, C, L), is counted as it lies.
 
-Streams: 0 is x_T in a sampling run and eps in training, k + 1 the noise of the k-th sampling step.
+Streams: 0 is x_T in a sampling run, the noise of the images that a run begins with, and eps in training; k + 1 is the
+noise of the k-th step that the run takes. Other uses have streams from 2^32 on.
 """
 
 __all__ = [
+    "INPAINTING",
     "LIKELIHOOD",
     "OFFSET",
     "SECOND_IMAGE",
@@ -45,6 +47,7 @@ from .ops.noise import noise_of
 OFFSET = 1 << 32  # offset noise in training
 SECOND_IMAGE = OFFSET + 1  # the second image of an interpolation
 LIKELIHOOD = OFFSET + 2  # of the variational bound: folded with t again; the next one chooses the timesteps
+INPAINTING = 1 << 33  # + i: known pixels, or a jump, after the i-th move between timesteps
 
 
 def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from . import checks, ops, samplers
 from .denoiser import Denoiser, ModelArguments, clip_bounds, if_any
-from .noise import SECOND_IMAGE, NoiseSource
+from .noise import NoiseSource
 from .process import Seed, drawing_from
 from .samplers import StepTable
 from .sampling_run import MethodRun, Run, SamplingRun
@@ -41,7 +41,7 @@ class ReverseProcess(Denoiser):
     Args:
         model, schedule, objective, variance, loss_weight, clip_denoised, rng, decoder: see `Denoiser`.
         shape: of a sample, (C, ...).
-        sampler, sampling_timesteps, ddim_sampling_eta: what `sample` takes where it is given none.
+        sampler, sampling_timesteps, spacing, ddim_sampling_eta: what `sample` takes where it is given none.
         auto_normalize: samples are mapped from [-1, 1] to [0, 1].
     """
 
@@ -59,6 +59,7 @@ class ReverseProcess(Denoiser):
         shape: tuple[int, ...],
         sampler: str | None,
         sampling_timesteps: int | None,
+        spacing: str | None,
         ddim_sampling_eta: float,
         auto_normalize: bool,
     ) -> None:
@@ -70,8 +71,8 @@ class ReverseProcess(Denoiser):
         self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
         self.ddim_sampling_eta = ddim_sampling_eta
         samplers.ddim(schedule, objective, self.sampling_timesteps, eta=ddim_sampling_eta)  # validates eta
-        self.sampler = sampler
-        self.step_table()  # validates the sampler
+        self.sampler, self.spacing = sampler, spacing
+        self.step_table()  # validates the sampler and the spacing
         self.auto_normalize = auto_normalize
 
     # Methods of denoising_diffusion_pytorch that call others of its methods, and that subclasses override.
@@ -95,27 +96,60 @@ class ReverseProcess(Denoiser):
         sampler: str | StepTable | None = None,
         steps: int | Sequence[int] | None = None,
         eta: float | None = None,
+        spacing: str | None = None,
     ) -> StepTable:
         """The coefficients of a sampling run; the arguments are those of `sample`."""
         if isinstance(sampler, StepTable):
-            if steps is not None or eta is not None:
-                raise ValueError("a StepTable has its steps and its eta; give it alone")
+            if steps is not None or eta is not None or spacing is not None:
+                raise ValueError("a StepTable has its steps, their spacing and its eta; give it alone")
             if len(sampler) == 0 or sampler.t.min() < 0 or sampler.t.max() >= self.num_timesteps:
                 raise ValueError(f"a StepTable needs timesteps in [0, {self.num_timesteps}); got {sampler.t.tolist()}")
             return sampler
-        sampler = self.sampler if sampler is None else sampler
-        fewer = "ddim" if steps is None or eta is not None else "dpmpp_2m"
+        sampler = self._sampler_name(sampler, steps, eta)
         steps = self.sampling_timesteps if steps is None else steps
-        if sampler is None:
-            visited = len(samplers.strided_timesteps(self.num_timesteps, steps))
-            sampler = fewer if visited < self.num_timesteps else "ddpm"
+        if spacing is None and samplers.is_count(steps):
+            spacing = self.spacing
         function = samplers.SAMPLERS[checks.choice("sampler", sampler, samplers.SAMPLERS)]
         own = {"eta": self.ddim_sampling_eta if eta is None else eta, "variance": self.ancestral_variance()}
         wanted = inspect.signature(function).parameters
         chosen = {name: value for name, value in own.items() if name in wanted}
         if eta and "eta" not in wanted:
             chosen["eta"] = eta  # an error that says what the sampler takes
-        return samplers.make(sampler, self.schedule, self.objective, steps, **chosen)
+        return samplers.make(sampler, self.schedule, self.objective, steps, spacing=spacing, **chosen)
+
+    def _sampler_name(self, sampler: str | None, steps: int | Sequence[int] | None, eta: float | None) -> str:
+        """The sampler that `sample` takes."""
+        sampler = self.sampler if sampler is None else sampler
+        if sampler is not None:
+            return sampler
+        visited = self.sampling_timesteps if steps is None else steps
+        if len(samplers.strided_timesteps(self.num_timesteps, visited)) == self.num_timesteps:
+            return "ddpm"
+        return "ddim" if steps is None or eta is not None else "dpmpp_2m"
+
+    def _last_steps(
+        self,
+        strength: float,
+        sampler: str | StepTable | None,
+        steps: int | Sequence[int] | None,
+        eta: float | None,
+        spacing: str | None,
+    ) -> StepTable:
+        """A table of the last `strength` of the timesteps that `step_table` visits, which begins as a run does."""
+        if not (isinstance(strength, int | float) and 0 < strength <= 1):
+            raise ValueError(
+                f"strength is the share of the steps that are taken, above 0 and up to 1; got {strength!r}"
+            )
+        table = self.step_table(sampler, steps, eta, spacing)
+        visited = table.t.unique().flip(0)  # heun calls the network twice at some
+        kept = max(1, round(strength * len(visited)))
+        if kept == len(visited):
+            return table
+        if isinstance(sampler, StepTable):
+            raise ValueError(
+                f"a StepTable is taken as a whole: give the steps you want, and strength=1; got {strength}"
+            )
+        return self.step_table(self._sampler_name(sampler, steps, eta), visited[-kept:], eta)
 
     def _whole_chain(self) -> Tensor:
         """The rows of ancestral sampling over all timesteps, (T, 6), with a learned variance (T, 8)."""
@@ -151,6 +185,9 @@ class ReverseProcess(Denoiser):
         sampler: str | StepTable | None = None,
         steps: int | Sequence[int] | None = None,
         eta: float | None = None,
+        spacing: str | None = None,
+        init: Tensor | None = None,
+        strength: float | None = None,
         seed: Seed = None,
         sample_offset: int = 0,
         noise: Tensor | None = None,
@@ -160,7 +197,12 @@ class ReverseProcess(Denoiser):
     ) -> Iterator[SampleState]:
         """The states 0, every, 2 every ... and the last (None: the last alone) of a run, in the range of `sample`."""
         shape = tuple(checks.integer("batch_size and every size", size, 1) for size in shape)
-        table = self.step_table(sampler, steps, eta)
+        if (init is None) != (strength is None):
+            raise ValueError("init (images to begin with) and strength (the share of the steps) need each other")
+        if init is None:
+            table = self.step_table(sampler, steps, eta, spacing)
+        else:
+            table = self._last_steps(strength, sampler, steps, eta, spacing)
         source = self.noise_source(self.betas, seed, sample_offset)
         if noise is None:
             noise = source.draw(0, shape)
@@ -168,7 +210,17 @@ class ReverseProcess(Denoiser):
             raise ValueError(f"noise is x_T and must have the shape {tuple(shape)}; got {tuple(noise.shape)}")
         else:
             checks.require(noise.isfinite().all(), lambda: "noise, x_T, holds NaN or inf")
-        run = self._start(noise.to(self.betas), table, source, with_x_start=with_x_start, model_kwargs=model_kwargs)
+        x = noise.to(self.betas)
+        if init is not None:
+            first = torch.full((len(init),), int(table.t[0]), device=self.device)
+            x = self.q_sample(self._given(init), first, x)
+        run = self._start(
+            x,
+            table,
+            source,
+            with_x_start=with_x_start,
+            model_kwargs=model_kwargs,
+        )
         timesteps = [*table.t.tolist(), -1]
 
         def state(step: int) -> SampleState:
@@ -197,14 +249,33 @@ class ReverseProcess(Denoiser):
         (last,) = self._states(shape, **run)
         return last.x
 
+    def _batch_shape(self, batch_size: int | None, init: Tensor | None) -> tuple[int, ...]:
+        """The shape of the samples: 16 of them, or as many as there are in `init`."""
+        shape = (self.channels, *self.image_size)
+        if init is None:
+            return 16 if batch_size is None else batch_size, *shape
+        bounds = clip_bounds(self.clip_denoised)
+        checks.images(init, shape, unit_range=self.auto_normalize, bounds=bounds)
+        if batch_size not in (None, len(init)):
+            raise ValueError(f"batch_size is that of init, {len(init)}, and may be left out; got {batch_size}")
+        return init.shape
+
+    def _given(self, images: Tensor) -> Tensor:
+        """Images in the range of the network, on its device and in the layout of noise, so that runs share a graph."""
+        layout = ops.channels_last_format(images.ndim) if self.rng == "philox" else None
+        return self.normalize(images.to(self.device)).contiguous(memory_format=layout or torch.contiguous_format)
+
     def sample(
         self,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         return_all_timesteps: bool = False,
         *,
         sampler: str | StepTable | None = None,
         steps: int | Sequence[int] | None = None,
         eta: float | None = None,
+        spacing: str | None = None,
+        init: Tensor | None = None,
+        strength: float | None = None,
         seed: Seed = None,
         sample_offset: int = 0,
         noise: Tensor | None = None,
@@ -214,19 +285,26 @@ class ReverseProcess(Denoiser):
         """Samples images.
 
         Args:
-            batch_size: N.
+            batch_size: N; None for that of `init`, or 16.
             return_all_timesteps: all states, x_T first.
             sampler: a `StepTable`, or a name in `samplers.SAMPLERS`: ddpm (ancestral; Ho et al. 2020, algorithm 2),
-                ddim (Song et al. 2021), dpmpp_2m (DPM-Solver++(2M); Lu et al. 2022, algorithm 2) or dpmpp_2m_sde
-                (its form with noise). None takes the module's `sampler`, or else ddpm for all T steps. For fewer it
-                takes ddim if the module's `sampling_timesteps` says so, as denoising_diffusion_pytorch does, or if eta
-                is given; and for `steps` given here dpmpp_2m, which solves the equation of DDIM to second order.
-            steps: how many, or the timesteps themselves; None for `sampling_timesteps`. They stride evenly over the
-                schedule, those of dpmpp_2m and dpmpp_2m_sde as in `samplers.karras_timesteps`.
+                ddim (Song et al. 2021), dpmpp_2m (DPM-Solver++(2M); Lu et al. 2022, algorithm 2), dpmpp_2m_sde (its
+                form with noise), unipc (Zhao et al. 2023) or heun (Karras et al. 2022, algorithm 1). None takes the
+                module's `sampler`, or else ddpm for all T steps. For fewer it takes ddim if the module's
+                `sampling_timesteps` says so, as denoising_diffusion_pytorch does, or if eta is given; and for `steps`
+                given here dpmpp_2m, which solves the equation of DDIM to second order.
+            steps: how many calls of the network, or the timesteps themselves; None for `sampling_timesteps`.
             eta: noise of DDIM, from 0 (none) to 1 (as much as ancestral); None for `ddim_sampling_eta`.
+            spacing: of the timesteps, a name in `samplers.SPACINGS`; None for the module's `spacing`, or else the
+                sampler's own: even for ddpm and ddim, karras for the others.
+            init: images to begin with instead of noise, in the range of `sample` or uint8, (N, C, *image_size): they
+                are noised to the first of the timesteps that are left of the run, by stream 0 of the noise. Meng et
+                al. (2022), SDEdit.
+            strength: with `init`, the share of the timesteps that are left: the last of them, rounded to the nearest
+                number and at least one. 1 takes all; the less, the closer the results are to `init`.
             seed: with rng="philox", sample n of the run is the same in any batch; None draws a seed.
             sample_offset: index in the run of the first sample.
-            noise: x_T, (N, C, *image_size), instead of stream 0.
+            noise: x_T, or with `init` the noise that is added to it, (N, C, *image_size), instead of stream 0.
             model_kwargs: further arguments of the network, such as {"class_labels": labels}.
             progress: show a bar.
 
@@ -235,11 +313,14 @@ class ReverseProcess(Denoiser):
             leave [0, 1].
 
         Raises:
-            ValueError: an unknown sampler, steps, eta or seed that cannot be, or noise of another shape.
+            ValueError: an unknown sampler or spacing, steps, eta, strength or seed that cannot be, or noise
+                or images of another shape.
         """
-        shape = (batch_size, self.channels, *self.image_size)
+        shape = self._batch_shape(batch_size, init)
         run = {"sampler": sampler, "steps": steps, "eta": eta, "noise": noise, "model_kwargs": model_kwargs}
-        defaults = sampler is None and steps is None and eta is None and self.sampler is None
+        further = {"spacing": spacing, "init": init, "strength": strength}
+        chosen = (sampler, steps, eta, self.sampler, *further.values())
+        defaults = all(value is None for value in chosen)
         loop = "ddim_sample" if self.is_ddim_sampling else "p_sample_loop"
         if defaults and self.overrides(loop):
             given = {name: value for name, value in run.items() if value is not None}
@@ -247,18 +328,17 @@ class ReverseProcess(Denoiser):
                 given["progress"] = True
             with drawing_from(self.noise_source(self.betas, seed, sample_offset)):
                 return getattr(self, loop)(shape, return_all_timesteps=return_all_timesteps, **given)
-        return self._finish(
-            shape, return_all_timesteps, **run, seed=seed, sample_offset=sample_offset, progress=progress
-        )
+        run |= further | {"seed": seed, "sample_offset": sample_offset, "progress": progress}
+        return self._finish(shape, return_all_timesteps, **run)
 
-    def sample_progressive(self, batch_size: int = 16, *, every: int = 1, **run: Any) -> Iterator[SampleState]:
+    def sample_progressive(self, batch_size: int | None = None, *, every: int = 1, **run: Any) -> Iterator[SampleState]:
         """Samples as `sample` with the arguments `run`, yielding every k-th state and holding no other.
 
         Args:
             every: k; the states 0, k, 2k, ... and the last are yielded.
         """
         every = checks.integer("every", every, 1)
-        return self._states((batch_size, self.channels, *self.image_size), every=every, with_x_start=True, **run)
+        return self._states(self._batch_shape(batch_size, run.get("init")), every=every, with_x_start=True, **run)
 
     def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False, **run: Any) -> Tensor:
         """Ancestral sampling of a (N, C, ...) shape over all T steps, or as the arguments of `sample` say."""
@@ -320,42 +400,3 @@ class ReverseProcess(Denoiser):
             **z,
         )
         return x, x_start
-
-    @torch.no_grad()
-    def interpolate(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        t: int | None = None,
-        lam: float = 0.5,
-        *,
-        seed: Seed = None,
-        sample_offset: int = 0,
-        model_kwargs: ModelArguments | None = None,
-    ) -> Tensor:
-        """Images between two. Ho et al. (2020), sec. 4.3: mixed at x_t, then denoised from there.
-
-        Args:
-            x1, x2: (N, C, ...), in [-1, 1].
-            t: the timestep at which they are mixed, in [0, T); None for T - 1.
-            lam: 0 gives x1, 1 gives x2.
-
-        Returns:
-            The shape of x1, in [-1, 1].
-        """
-        t = checks.integer("t", self.num_timesteps - 1 if t is None else t, 0, self.num_timesteps)
-        if x1.shape != x2.shape:
-            raise ValueError(f"x1 and x2 must have one shape; got {tuple(x1.shape)} and {tuple(x2.shape)}")
-        checks.floating("x1", x1)
-        source = self.noise_source(x1, seed, sample_offset)
-        times = torch.full((x1.shape[0],), t, device=x1.device)
-        x1_t = self.q_sample(x1, times, source.draw(0, x1.shape))
-        x2_t = self.q_sample(x2, times, source.draw(SECOND_IMAGE, x2.shape))
-        table, start_step = self.step_table("ddpm", self.num_timesteps), self.num_timesteps - 1 - t
-        run = self._start(
-            (1 - lam) * x1_t + lam * x2_t, table, source, start_step=start_step, model_kwargs=model_kwargs
-        )
-        with drawing_from(source):
-            for k in range(start_step, len(table)):
-                run.step(k)
-        return run.x.clone()  # the run may go on to use its memory for another

@@ -36,6 +36,10 @@ class Run(Protocol):
         """Takes step k of the table; the steps come in their order."""
         ...
 
+    def put(self, x: Tensor) -> None:
+        """Goes on from another state."""
+        ...
+
 
 class SamplingRun:
     """A run in place: every step changes `x` and `x_start`, which are float32 or float64.
@@ -110,6 +114,10 @@ class SamplingRun:
             self._step.take(self._denoiser, k, noise, conditioned=False)
             self._step.index.add_(1)
 
+    def put(self, x: Tensor) -> None:
+        """Goes on from another state."""
+        self._step.put(x)
+
 
 class MethodRun:
     """A run through the methods of a subclass of GaussianDiffusion, as denoising_diffusion_pytorch calls them.
@@ -157,6 +165,9 @@ class MethodRun:
         if self._denoiser is not self._original:  # what a method has assigned to self
             assigned = {name: v for name, v in self._denoiser.__dict__.items() if before.get(name) is not v}
             self._original.__dict__.update(assigned)
+
+    def put(self, x: Tensor) -> None:
+        self.x = x
 
     def _by_predictions(self, k: int, t: int, x_self_cond: Tensor | None) -> tuple[Tensor, Tensor]:
         x, times = self.x, torch.full((len(self.x),), t, device=self.x.device)

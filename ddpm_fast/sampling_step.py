@@ -77,11 +77,9 @@ class SamplingStep:
     ) -> None:
         """Begins a run: copies everything that its steps read."""
         steps = len(table)
-        self.x.copy_(x)
+        self.put(x)
         if self.x_start is not None:
             self.x_start.zero_()
-        if self._model_input is not self.x:
-            self._model_input.copy_(x)
         self.index.fill_(start_step)
         self._rows[:steps] = table.rows.to(x)
         self._timesteps[:steps] = table.t.to(x.device)
@@ -95,6 +93,12 @@ class SamplingStep:
         for name, value in model_kwargs.items():
             if isinstance(value, Tensor):
                 self._model_kwargs[name].copy_(value)
+
+    def put(self, x: Tensor) -> None:
+        """Writes the state that the next step begins with."""
+        self.x.copy_(x)
+        if self._model_input is not self.x:
+            self._model_input.copy_(x)
 
     def take(self, denoiser: Denoiser, k: int, noise: Tensor | None, *, conditioned: bool) -> None:
         """Takes step k.

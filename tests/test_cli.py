@@ -33,8 +33,8 @@ def test_train_sample_and_resume_by_the_command_line(tmp_path, monkeypatch, caps
 
     cli.main(["sample", "runs/mine", "-n", "3", "--seed", "5", "--sampler", "ddim", "--steps", "4", "--out", "some"])
     assert "some: 3 images" in capsys.readouterr().out
-    for sampler in ("--sampler=ddpm", "--sampler=dpmpp_2m", "--sampler=dpmpp_2m_sde"):
-        cli.main(["sample", "runs/mine", "-n", "3", "--steps", "4", sampler])
+    for sampler in samplers.SAMPLERS:
+        cli.main(["sample", "runs/mine", "-n", "3", "--steps", "4", "--sampler", sampler, "--spacing", "trailing"])
     cli.main(["sample", "runs/mine", "-n", "3", "--steps", "4"])
     assert (tmp_path / "samples.png").exists()
 

@@ -65,6 +65,7 @@ def test_errors_name_the_key_what_was_given_and_what_is_allowed(values, message)
 
 REGISTRIES = {
     "sampler": samplers.SAMPLERS,
+    "spacing": samplers.SPACINGS,
     "objective": parameterization.OBJECTIVES,
     "beta_schedule": schedules.SCHEDULES,
     "variance": variances.NAMES,

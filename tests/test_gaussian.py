@@ -33,6 +33,13 @@ RUNS = [
     ("dpmpp_2m", [0, 3, 17, 29], None, "posterior"),
     ("dpmpp_2m_sde", None, None, "posterior"),
     ("dpmpp_2m_sde", 11, None, "posterior"),
+    ("unipc", None, None, "posterior"),
+    ("unipc", 11, None, "posterior"),
+    ("unipc", [0, 3, 17, 29], None, "posterior"),
+    ("heun", None, None, "posterior"),
+    ("heun", 11, None, "posterior"),
+    ("heun", 12, None, "posterior"),
+    ("heun", [0, 3, 17, 29], None, "posterior"),
 ]
 
 
@@ -113,7 +120,7 @@ def test_samples_follow_their_rows_exactly_and_in_distribution(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "heun"])
 def test_many_small_steps_return_the_data(objective, sampler):
     """With T = 4000 the finite-T answer itself comes near the data: within 1 % of the largest covariance."""
     diffusion = make("linear", 4000, objective, "posterior")
@@ -145,20 +152,65 @@ def flow(schedule, x, t, t_next):
     return a[t_next] * (MEAN + (x / a[t] - MEAN) @ (vectors * stretch) @ vectors.T)
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
-def test_the_order_of_a_sampler(sampler, order):
-    """Twice the steps from t = 3999 to 799 divide the error by 2^order; the last step, x0_hat at 799, is the same."""
+def assert_order(errors, order):
+    """Twice the steps divide the error by 2^order."""
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+# Heun's method begins where s / a is below 80, since its steps from above are of first order.
+@pytest.mark.parametrize(
+    ("sampler", "order", "first"), [("ddim", 1, 3999), ("dpmpp_2m", 2, 3999), ("unipc", 2, 3999), ("heun", 2, 3599)]
+)
+def test_the_order_of_a_sampler(sampler, order, first):
+    """From t = first to 799, with more and more steps; the last step, x0_hat at 799, is the same."""
     diffusion = make("linear", 4000, "pred_v", "posterior")
     x_T = gaussian((200, 3), seed=5, dtype=torch.float64)
-    x = flow(diffusion.schedule, x_T, 3999, 799)
+    x = flow(diffusion.schedule, x_T, first, 799)
     exact = diffusion.model.x_start(x, torch.full((200,), 799))
     errors = []
     for steps in (50, 100, 200):
-        chosen = list(range(799, 4000, 3200 // steps))
+        chosen = list(range(799, first + 1, (first - 799) // steps))
         sampled = diffusion.sample(200, sampler=sampler, steps=chosen, eta=None, noise=x_T)
         errors.append((sampled - exact).square().mean().sqrt().item())
-    for coarse, fine in itertools.pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+    assert_order(errors, order)
+
+
+def test_images_from_their_encoding_come_nearer_with_the_number_of_steps():
+    """DDIM in both directions is of first order: twice the steps halve the error of the round trip."""
+    diffusion = make("linear", 4000, "pred_v", "posterior")
+    eigenvalues, vectors = torch.linalg.eigh(COVARIANCE)
+    images = MEAN + gaussian((200, 3), seed=5, dtype=torch.float64) @ (vectors * eigenvalues.sqrt()).T
+    errors, errors_of_noise = [], []
+    exact = flow(diffusion.schedule, images, 0, 3999)  # x_0 for x at t = 0, where s / a = 0.005
+    for steps in (200, 400, 800):
+        x_T = diffusion.encode(images, steps=steps)
+        again = diffusion.sample(noise=x_T, sampler="ddim", steps=steps, eta=0.0, batch_size=200)
+        errors.append((again - images).square().mean().sqrt().item())
+        errors_of_noise.append((x_T - exact).square().mean().sqrt().item())
+    assert_order(errors, 1)
+    assert_order(errors_of_noise, 1)
+
+
+CONDITION = torch.tensor([True, False, False])  # the first of the three numbers is known
+
+
+def test_resampling_brings_what_is_filled_in_near_to_its_conditional_distribution():
+    """Of N(mu, S), what is unknown given what is known is normal too. Lugmayr et al. (2022), sec. 4.2."""
+    diffusion = make("linear", 100, "pred_v", "posterior")
+    n, known = 4000, torch.tensor([1.2, 0.0, 0.0], dtype=torch.float64)  # 1.6 deviations from its mean
+    regression = COVARIANCE[1:, 0] / COVARIANCE[0, 0]
+    mean = MEAN[1:] + regression * (known[0] - MEAN[0])
+    variance = COVARIANCE[1:, 1:].diagonal() - regression * COVARIANCE[0, 1:]
+    standard_errors = []
+    for resample in (1, 5, 20):
+        filled = diffusion.inpaint(known.expand(n, 3), CONDITION, jump=5, resample=resample, seed=3)
+        assert (filled[:, 0] == known[0]).all()
+        standard_errors.append(((filled[:, 1:].mean(0) - mean).abs() / (variance / n).sqrt()).max())
+    once, five, twenty = standard_errors
+    assert once > 3 * five
+    assert five > twenty
+    assert twenty < 5
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -73,6 +73,9 @@ def runs(diffusion, **arguments):
         {"sampler": "ddim", "steps": 7, "eta": 0.5},
         {"sampler": "dpmpp_2m", "steps": 5},
         {"sampler": "dpmpp_2m_sde", "steps": [11, 9, 4, 2]},
+        {"sampler": "unipc", "steps": 5},
+        {"sampler": "heun", "steps": 6},
+        {"init": torch.linspace(0, 1, 96).view(3, 2, 4, 4), "strength": 0.5},
     ],
     ids=str,
 )
@@ -149,6 +152,26 @@ def test_a_run_may_begin_in_the_middle(captures, without):
         return diffusion.interpolate(x, -x, t=7, seed=1)
 
     assert torch.equal(run(), without(run))
+    assert len(captures) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rng", ["philox", "torch"])
+def test_images_are_encoded_and_inpainted_by_graphs(captures, without, rng, dtype):
+    diffusion, x = make(dtype, rng=rng), torch.linspace(0, 1, 96).view(3, 2, 4, 4)
+    for edit in (
+        lambda: diffusion.encode(x, steps=6),
+        lambda: diffusion.inpaint(x, x[:, :1] > 0.4, steps=6, jump=2, resample=3, seed=1),
+    ):
+        captures.clear()
+        assert torch.equal(edit(), without(edit))
+        assert len(captures) == 1
+
+
+def test_a_graph_of_samples_serves_runs_from_images(captures):
+    diffusion, x = make(), torch.linspace(0, 1, 96).view(3, 2, 4, 4)
+    diffusion.sample(3, seed=1)
+    diffusion.sample(init=x, strength=0.5, seed=1)
     assert len(captures) == 1
 
 

@@ -8,7 +8,7 @@ from diffusers_weights import to_ddpm_fast, unet_2d_config
 from PIL import Image
 from torch import nn
 
-from ddpm_fast import GaussianDiffusion, UNet
+from ddpm_fast import GaussianDiffusion, UNet, samplers, schedules
 
 # Their imports warn, and some of their schedules are in float32.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -142,10 +142,13 @@ def test_the_presets_are_the_networks_of_diffusers(diffusers, name, size):
         torch.testing.assert_close(ours(x, t), theirs(x, t).sample, rtol=1e-3, atol=5e-5)
 
 
+PREDICTIONS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+
+
 @pytest.mark.parametrize("variance", ["posterior", "beta"])
-@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+@pytest.mark.parametrize("objective", PREDICTIONS)
 def test_ancestral_steps_are_those_of_diffusers(diffusers, objective, variance):
-    prediction = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}[objective]
+    prediction = PREDICTIONS[objective]
     kind = {"posterior": "fixed_small", "beta": "fixed_large"}[variance]
     scheduler = diffusers.DDPMScheduler(prediction_type=prediction, variance_type=kind)
     ours = GaussianDiffusion(Net(), image_size=8, objective=objective, beta_schedule="linear", variance=variance)
@@ -179,11 +182,11 @@ def test_ddim_steps_are_those_of_diffusers(diffusers, eta):
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
-@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+@pytest.mark.parametrize("objective", PREDICTIONS)
 @pytest.mark.parametrize("steps", [20, 8, 2, 1])  # both sides of 15, where their lower_order_final ends
 def test_dpm_solver_pp_steps_are_those_of_diffusers(diffusers, sampler, objective, steps):
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        prediction_type={"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}[objective],
+        prediction_type=PREDICTIONS[objective],
         algorithm_type={"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}[sampler],
         timestep_spacing="trailing",
     )
@@ -203,6 +206,58 @@ def test_dpm_solver_pp_steps_are_those_of_diffusers(diffusers, sampler, objectiv
     sampled = ours.sample(2, sampler=sampler, return_all_timesteps=True, **given)
     # Both in float32, theirs its coefficients too: 20 steps of a few roundings each, of the largest number there is.
     torch.testing.assert_close(2 * sampled - 1, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("objective", PREDICTIONS)
+@pytest.mark.parametrize("steps", [20, 8, 2, 1])
+def test_unipc_steps_are_those_of_diffusers(diffusers, objective, steps):
+    """At their solver_order=1, whose corrector makes it of order 2; their default of 2 needs two earlier x0_hat."""
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type=PREDICTIONS[objective], solver_order=1, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(steps)
+    ours = GaussianDiffusion(Net(), image_size=8, objective=objective, beta_schedule="linear", clip_denoised=False)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    states = [x]
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            states.append(scheduler.step(ours.model(states[-1], t.expand(2)), t, states[-1]).prev_sample)
+    expected = torch.stack(states, dim=1)
+    sampled = ours.sample(2, sampler="unipc", steps=steps, spacing="trailing", noise=x, return_all_timesteps=True)
+    # Both in float32, theirs its coefficients too: 20 steps of a few roundings each, of the largest number there is.
+    torch.testing.assert_close(2 * sampled - 1, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("objective", PREDICTIONS)
+@pytest.mark.parametrize("visited", [[900, 700, 400, 150, 3], [500, 20], [10]], ids=str)
+def test_heun_steps_are_those_of_diffusers(diffusers, objective, visited):
+    """From s / a below 80. From above, our steps are Euler's; and they count steps where we count calls."""
+    scheduler = diffusers.HeunDiscreteScheduler(
+        prediction_type=PREDICTIONS[objective], beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+    )
+    scheduler.set_timesteps(timesteps=visited)
+    ours = GaussianDiffusion(Net(), image_size=8, objective=objective, beta_schedule="linear", clip_denoised=False)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    state = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5  # theirs is x / a
+    expected = []
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            expected.append(scheduler.scale_model_input(state, t))
+            state = scheduler.step(ours.model(expected[-1], t.long().expand(2)), t, state).prev_sample
+    expected = torch.stack([*expected, state], dim=1)
+    sampled = ours.sample(2, sampler="heun", steps=visited, noise=x, return_all_timesteps=True)
+    assert sampled.shape[1] == 2 * len(visited)
+    # Both in float32, theirs its coefficients too, from a schedule in float32: 1 - abar is off by 2e-4 at little noise.
+    torch.testing.assert_close(2 * sampled - 1, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_spacings_are_those_of_diffusers(diffusers, spacing):
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    schedule = schedules.make("linear", 1000)
+    for steps in (1, 2, 3, 7, 20, 50, 300, 333, 600, 1000):
+        scheduler.set_timesteps(steps)
+        assert samplers.spaced_timesteps(schedule, steps, spacing).tolist() == scheduler.timesteps.tolist()
 
 
 def test_their_trainer_and_unet_take_the_class(lucidrains, tmp_path):

@@ -34,8 +34,14 @@ def late(schedule, w):
     return torch.arange(len(w), dtype=torch.float64)
 
 
+def late_half(schedule, steps):
+    """Every timestep from K - 1 on: little noise alone."""
+    return torch.arange(steps - 1, -1, -1)
+
+
 @pytest.fixture
 def added(monkeypatch):
+    monkeypatch.setitem(samplers.SPACINGS, "late_half", late_half)
     monkeypatch.setitem(samplers.SAMPLERS, "euler", euler)
     monkeypatch.setitem(parameterization.OBJECTIVES, "scaled_noise", scaled_noise)
     monkeypatch.setitem(variances.VARIANCES, "middle", middle)
@@ -53,6 +59,8 @@ CONFIG = {
         "variance": "middle",
         "loss_weight": "late",
         "sampler": "euler",
+        "sampling_timesteps": 10,
+        "spacing": "late_half",
     },
     "training": {"steps": 1, "batch_size": 4, "lr": 1e-3},
 }
@@ -65,7 +73,11 @@ def test_a_json_config_names_what_was_added():
     assert torch.equal(diffusion.loss_rows[:, 1], torch.full((20,), 2.0))
     assert torch.equal(diffusion.loss_weight, torch.arange(20.0))
     torch.testing.assert_close(diffusion.variance_rows[:, 0].double(), middle(diffusion.schedule))
-    assert torch.equal(diffusion.step_table().rows, euler(diffusion.schedule, "scaled_noise").rows)
+    visited = list(range(10))
+    assert torch.equal(diffusion.step_table().rows, euler(diffusion.schedule, "scaled_noise", visited).rows)
+    table = diffusion.step_table(steps=20, spacing="even")  # what a call says comes first
+    assert torch.equal(table.rows, euler(diffusion.schedule, "scaled_noise").rows)
+    assert diffusion.step_table(steps=[3, 1]).t.tolist() == [3, 1]
     diffusion(torch.rand(2, 1, 8, 8)).backward()
     assert diffusion.sample(2, seed=0).isfinite().all()
 

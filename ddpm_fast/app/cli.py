@@ -79,7 +79,7 @@ def sample(options: argparse.Namespace) -> None:
     from .generate import write_samples
 
     run = load_run(expanded(options.run))
-    chosen = {name: getattr(options, name) for name in ("n", "seed", "sampler", "steps", "precision")}
+    chosen = {name: getattr(options, name) for name in ("n", "seed", "sampler", "steps", "spacing", "precision")}
     try:
         written = write_samples(run, expanded(options.out), **chosen)
     except ValueError as error:
@@ -200,6 +200,11 @@ def _parser() -> argparse.ArgumentParser:
         "dpmpp_2m with --steps and ddim without",
     )
     p.add_argument("--steps", type=int, help="default: diffusion.sampling_timesteps of the run's config")
+    p.add_argument(
+        "--spacing",
+        choices=tuple(samplers.SPACINGS),
+        help="of the timesteps; default: diffusion.spacing of the run's config; if that is null, the sampler's own",
+    )
     precision_argument(p)
     p.add_argument(
         "--out",

@@ -20,6 +20,7 @@ def write_samples(
     seed: int = 0,
     sampler: str | None = None,
     steps: int | None = None,
+    spacing: str | None = None,
     precision: str = "auto",
 ) -> str:
     """Samples n images, in batches as large as those of the training, and writes them.
@@ -43,7 +44,7 @@ def write_samples(
     """
     if n < 1:
         raise ValueError(f"the number of images must be at least 1, got {n}")
-    table = run.diffusion.step_table(sampler, steps)
+    table = run.diffusion.step_table(sampler, steps, spacing=spacing)
     run.diffusion.noise_source(run.diffusion.betas, seed)  # validates the seed before a folder is made
     picture_format = Image.registered_extensions().get(out.suffix.lower())
     one_file = picture_format is not None
@@ -57,7 +58,7 @@ def write_samples(
             bar.update(processes.add(done) / len(table) - bar.n)
 
         share = {"rank": processes.rank, "count": processes.count, "report": report}
-        batches = sample_batches(run, n, seed=seed, sampler=sampler, steps=steps, **share)
+        batches = sample_batches(run, n, seed=seed, sampler=sampler, steps=steps, spacing=spacing, **share)
         if one_file:
             mine = list(batches)
             processes.wait(report)

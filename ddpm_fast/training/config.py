@@ -106,13 +106,14 @@ class ModelConfig(_Section):
 class DiffusionConfig(_Section):
     """The arguments of `GaussianDiffusion`. The defaults are those of Ho et al. (2020), not of the class.
 
-    Names are validated against the registries of the package, so that objectives, schedules, variances, loss weights
-    and samplers that another package has registered can be used in a config.
+    Names are validated against the registries of the package, so that objectives, schedules, variances, loss weights,
+    samplers and spacings that another package has registered can be used in a config.
     """
 
     timesteps: int = Field(1000, gt=0)
     sampling_timesteps: int | None = Field(None, gt=0)
     sampler: Annotated[str, _name_in(samplers.SAMPLERS)] | None = None
+    spacing: Annotated[str, _name_in(samplers.SPACINGS)] | None = None
     objective: Annotated[str, _name_in(parameterization.OBJECTIVES)] = "pred_noise"
     beta_schedule: Annotated[str, _name_in(schedules.SCHEDULES)] = "linear"
     schedule_fn_kwargs: dict[str, float] = {}

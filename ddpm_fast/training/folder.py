@@ -22,6 +22,7 @@ FREE = {
     "model.gradient_checkpointing",
     "diffusion.sampler",
     "diffusion.sampling_timesteps",
+    "diffusion.spacing",
     "diffusion.ddim_sampling_eta",
     "training.steps",
     "training.lr",

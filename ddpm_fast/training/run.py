@@ -93,6 +93,7 @@ def sample_batches(
     sampler: str | None = None,
     steps: int | None = None,
     eta: float | None = None,
+    spacing: str | None = None,
     rank: int = 0,
     count: int = 1,
     report: Callable[[int], object] | None = None,
@@ -103,7 +104,7 @@ def sample_batches(
     because the caller has then written its images.
 
     Args:
-        seed, sampler, steps, eta: as in `GaussianDiffusion.sample`.
+        seed, sampler, steps, eta, spacing: as in `GaussianDiffusion.sample`.
         rank, count: the index of this process, and the number of processes that share the images.
         report: called with the number of sampling steps taken since its last call, times the images of the batch.
 
@@ -114,9 +115,10 @@ def sample_batches(
         RunError: an image has values that are not finite.
     """
     diffusion, report = run.diffusion, report or (lambda steps: None)
-    total = len(diffusion.step_table(sampler, steps, eta))
+    total = len(diffusion.step_table(sampler, steps, eta, spacing))
     size = min(run.config.training.batch_size, math.ceil(n / count))
-    chosen = {"seed": seed, "sampler": sampler, "steps": steps, "eta": eta, "every": math.ceil(total / REPORTS)}
+    chosen = {"seed": seed, "sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing}
+    chosen["every"] = math.ceil(total / REPORTS)
     for first in range(rank * size, n, count * size):
         length, done = min(size, n - first), 0
         for state in diffusion.sample_progressive(length, sample_offset=first, **chosen):

@@ -22,7 +22,12 @@ def diffusion():
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_a_captured_run_has_the_bits_of_a_run_step_by_step(diffusion, monkeypatch, batch, dtype):
     diffusion.model.to(dtype)
-    for how in ({"steps": 12}, {"sampler": "ddim", "steps": 9, "eta": 0.5}, {"sampler": "ddpm", "steps": 20}):
+    for how in (
+        {"steps": 12},
+        {"sampler": "ddim", "steps": 9, "eta": 0.5},
+        {"sampler": "ddpm", "steps": 20},
+        {"sampler": "heun", "steps": 12},
+    ):
         monkeypatch.setenv("DDPM_FAST_GRAPHS", "0")
         expected = diffusion.sample(batch, seed=3, **how)
         assert not kept_graphs._graphs.get(diffusion.model)
@@ -30,6 +35,20 @@ def test_a_captured_run_has_the_bits_of_a_run_step_by_step(diffusion, monkeypatc
         for _ in range(2):  # captured, and kept
             assert torch.equal(diffusion.sample(batch, seed=3, **how), expected)
         assert kept_graphs._graphs[diffusion.model]
+        kept_graphs._graphs.clear()
+
+
+def test_images_are_encoded_and_inpainted_as_step_by_step(diffusion, monkeypatch):
+    images = torch.rand(4, 3, 16, 16, device="cuda")
+    for edit in (
+        lambda: diffusion.sample(init=images, strength=0.5, steps=20, seed=1),
+        lambda: diffusion.encode(images, steps=10),
+        lambda: diffusion.inpaint(images, images[:, :1] > 0.5, steps=10, jump=2, resample=3, seed=1),
+    ):
+        monkeypatch.setenv("DDPM_FAST_GRAPHS", "0")
+        expected = edit()
+        monkeypatch.delenv("DDPM_FAST_GRAPHS")
+        assert torch.equal(edit(), expected)
         kept_graphs._graphs.clear()
 
 
