@@ -166,6 +166,7 @@ class ReverseProcess(Denoiser):
         *,
         start_step: int = 0,
         with_x_start: bool = False,
+        dynamic_threshold: float | None = None,
         model_kwargs: ModelArguments | None = None,
     ) -> Run:
         """A run from the state x before step `start_step`, in [-1, 1]."""
@@ -173,8 +174,13 @@ class ReverseProcess(Denoiser):
         whole_chain = table.rows.shape == ancestral.shape and torch.equal(table.rows.to(ancestral), ancestral)
         how = {"start_step": start_step, "model_kwargs": model_kwargs}
         if self.overrides(*(self.CALLED_BY_P_SAMPLE if whole_chain else self.CALLED_BY_DDIM_SAMPLE)):
+            if dynamic_threshold is not None:
+                raise ValueError(
+                    "dynamic_threshold needs the methods of GaussianDiffusion; a subclass has changed some"
+                )
             return MethodRun(self, x, table, source, **how, by_p_sample=whole_chain)
-        return SamplingRun(self, x, table, source, **how, with_x_start=with_x_start)
+        how |= {"with_x_start": with_x_start, "dynamic_threshold": dynamic_threshold}
+        return SamplingRun(self, x, table, source, **how)
 
     @torch.no_grad()
     def _states(
@@ -188,6 +194,7 @@ class ReverseProcess(Denoiser):
         spacing: str | None = None,
         init: Tensor | None = None,
         strength: float | None = None,
+        dynamic_threshold: float | None = None,
         seed: Seed = None,
         sample_offset: int = 0,
         noise: Tensor | None = None,
@@ -219,6 +226,7 @@ class ReverseProcess(Denoiser):
             table,
             source,
             with_x_start=with_x_start,
+            dynamic_threshold=dynamic_threshold,
             model_kwargs=model_kwargs,
         )
         timesteps = [*table.t.tolist(), -1]
@@ -276,6 +284,7 @@ class ReverseProcess(Denoiser):
         spacing: str | None = None,
         init: Tensor | None = None,
         strength: float | None = None,
+        dynamic_threshold: float | None = None,
         seed: Seed = None,
         sample_offset: int = 0,
         noise: Tensor | None = None,
@@ -302,6 +311,9 @@ class ReverseProcess(Denoiser):
                 al. (2022), SDEdit.
             strength: with `init`, the share of the timesteps that are left: the last of them, rounded to the nearest
                 number and at least one. 1 takes all; the less, the closer the results are to `init`.
+            dynamic_threshold: a quantile of |x0_hat|, such as 0.995: each x0_hat is clipped to it and scaled back into
+                the bounds of `clip_denoised` wherever it exceeds them. Saharia et al. (2022), sec. 2.3. None clips to
+                the bounds.
             seed: with rng="philox", sample n of the run is the same in any batch; None draws a seed.
             sample_offset: index in the run of the first sample.
             noise: x_T, or with `init` the noise that is added to it, (N, C, *image_size), instead of stream 0.
@@ -313,12 +325,12 @@ class ReverseProcess(Denoiser):
             leave [0, 1].
 
         Raises:
-            ValueError: an unknown sampler or spacing, steps, eta, strength or seed that cannot be, or noise
+            ValueError: an unknown sampler or spacing, steps, eta, strength, threshold or seed that cannot be, or noise
                 or images of another shape.
         """
         shape = self._batch_shape(batch_size, init)
         run = {"sampler": sampler, "steps": steps, "eta": eta, "noise": noise, "model_kwargs": model_kwargs}
-        further = {"spacing": spacing, "init": init, "strength": strength}
+        further = {"spacing": spacing, "init": init, "strength": strength, "dynamic_threshold": dynamic_threshold}
         chosen = (sampler, steps, eta, self.sampler, *further.values())
         defaults = all(value is None for value in chosen)
         loop = "ddim_sample" if self.is_ddim_sampling else "p_sample_loop"

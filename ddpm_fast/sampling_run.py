@@ -51,6 +51,7 @@ class SamplingRun:
         source: of the noise.
         start_step: the first step to take; x is the state before it.
         with_x_start: keep `x_start` although neither sampler nor network needs it.
+        dynamic_threshold: the quantile of |x0_hat| to which it is clipped and by which it is scaled; see `threshold`.
         model_kwargs: further arguments of the network.
     """
 
@@ -63,6 +64,7 @@ class SamplingRun:
         *,
         start_step: int = 0,
         with_x_start: bool = False,
+        dynamic_threshold: float | None = None,
         model_kwargs: ModelArguments | None = None,
     ) -> None:
         self._denoiser, self._source = in_evaluation(denoiser), source
@@ -74,6 +76,7 @@ class SamplingRun:
             "multistep": bool((table.C != 0).any()),
             "learned": table.log_bounds is not None,
             "with_x_start": with_x_start,
+            "dynamic_threshold": dynamic_threshold,
         }
 
         def step_of(capacity: int) -> SamplingStep:

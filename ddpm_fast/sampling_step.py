@@ -10,6 +10,7 @@ from .denoiser import Denoiser, ModelArguments, clip_bounds
 from .nn.packed_weights import PackedWeights, packed
 from .noise import NoiseSource
 from .samplers import StepTable
+from .threshold import DynamicThreshold
 
 
 class SamplingStep:
@@ -24,6 +25,7 @@ class SamplingStep:
         multistep: whether a step reads the x0_hat before.
         learned: whether a step's variance follows from the network.
         with_x_start: whether to keep x0_hat although neither sampler nor network needs it.
+        dynamic_threshold: the quantile of |x0_hat| to which it is clipped, None for the bounds of the denoiser.
         model_kwargs: further arguments of the network, of the shapes that all runs have.
 
     Attributes:
@@ -42,6 +44,7 @@ class SamplingStep:
         multistep: bool,
         learned: bool,
         with_x_start: bool,
+        dynamic_threshold: float | None,
         model_kwargs: ModelArguments,
     ) -> None:
         # Channels-last, as the ops count noise; where another package's noise is drawn, its layout is kept too.
@@ -53,6 +56,7 @@ class SamplingStep:
         self._model_input = self.x if dtype == x.dtype else torch.empty_like(self.x, dtype=dtype)
         self._multistep, self._learned = multistep, learned
         self._clip = clip_bounds(denoiser.clip_denoised)
+        self._threshold = None if dynamic_threshold is None else DynamicThreshold(dynamic_threshold, self._clip)
         self.index = torch.zeros(1, dtype=torch.int64, device=x.device)
         self._indices = torch.arange(capacity, device=x.device)
         self._timesteps = torch.zeros(capacity, dtype=torch.int64, device=x.device)
@@ -136,17 +140,23 @@ class SamplingStep:
             pred, v = denoiser.predict(model_input, t.expand(len(x)), self.x_start if conditioned else None, further)
         # The op writes the next input of a network in half precision; a float64 network's is converted.
         written = model_input is not x and pred.dtype == model_input.dtype and model_input.itemsize < x.itemsize
+        rows, keys, clip, scale = self._rows, self._keys, self._clip, None
+        if self._threshold is not None:
+            keys = None if keys is None else keys.index_select(0, index.view(1))[0]
+            index, rows, clip, scale = self._threshold(x, pred, rows.index_select(0, index.view(1)))
         ops.reverse_step(
             x,
             pred,
             index,
-            self._rows,
+            rows,
             noise=noise,
-            keys=self._keys,
+            keys=keys,
             x_start_prev=self.x_start if self._multistep else None,
             variance=v if self._learned else None,
-            clip=self._clip,
+            clip=clip,
             out=ops.ReverseStep(x, self.x_start, model_input if written else None),
         )
+        if scale is not None and self.x_start is not None:
+            self.x_start.mul_(scale)
         if model_input is not x and not written:
             model_input.copy_(x)

@@ -75,6 +75,8 @@ def runs(diffusion, **arguments):
         {"sampler": "dpmpp_2m_sde", "steps": [11, 9, 4, 2]},
         {"sampler": "unipc", "steps": 5},
         {"sampler": "heun", "steps": 6},
+        {"sampler": "dpmpp_2m", "steps": 5, "dynamic_threshold": 0.5},
+        {"sampler": "ddpm", "steps": 6, "dynamic_threshold": 0.5},
         {"init": torch.linspace(0, 1, 96).view(3, 2, 4, 4), "strength": 0.5},
     ],
     ids=str,

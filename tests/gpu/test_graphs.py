@@ -27,6 +27,7 @@ def test_a_captured_run_has_the_bits_of_a_run_step_by_step(diffusion, monkeypatc
         {"sampler": "ddim", "steps": 9, "eta": 0.5},
         {"sampler": "ddpm", "steps": 20},
         {"sampler": "heun", "steps": 12},
+        {"steps": 12, "dynamic_threshold": 0.9},
     ):
         monkeypatch.setenv("DDPM_FAST_GRAPHS", "0")
         expected = diffusion.sample(batch, seed=3, **how)
