@@ -33,6 +33,8 @@ RUNS = {  # label -> sampler, eta, steps
     "ddim, eta = 0": ("ddim", 0.0, (5, 10, 20, 50, 100)),
     "dpmpp_2m": ("dpmpp_2m", None, (5, 10, 20, 50, 100)),
     "dpmpp_2m_sde": ("dpmpp_2m_sde", None, (5, 10, 20, 50, 100)),
+    "unipc": ("unipc", None, (5, 10, 20, 50, 100)),
+    "heun": ("heun", None, (5, 10, 20, 50, 100)),  # calls of the network
 }
 
 
