@@ -32,6 +32,17 @@ def test_target_is_the_definition_and_x0_hat_finds_x0(objective):
     torch.testing.assert_close(u * x_t + w * target, x_start.expand_as(u), rtol=0, atol=tolerance)
 
 
+def test_the_mean_that_follows_from_eps_is_the_papers():
+    """Ho et al. (2020), eq. 11: c0 x0_hat + cx x_t = (x_t - beta / s eps) / sqrt(alpha)."""
+    s = schedules.make("linear", 1000)
+    u, w = x_start_rows(s, "pred_noise")
+    c0, cx = s.posterior_mean_coef1, s.posterior_mean_coef2
+    # 1 - abar has lost up to 1 / beta_1 = 1e4 of its digits.
+    close = {"rtol": 1e4 * 8 * torch.finfo(torch.float64).eps, "atol": 0}
+    torch.testing.assert_close(c0 * u + cx, s.alphas.rsqrt(), **close)
+    torch.testing.assert_close(c0 * w, -s.betas / s.sqrt_one_minus_alphas_cumprod * s.alphas.rsqrt(), **close)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_weight_snr_is_the_simple_loss_on_eps(objective):
     """Perturb what is predicted, see how far eps moves: the weighted squares must agree."""

@@ -162,6 +162,25 @@ def test_losses_and_gradients_of_the_bound_are_those_of_the_formula(variance, lo
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_the_best_variance_is_the_posteriors_for_a_point_and_beta_for_normal_data(name):
+    """It is that of x_{t-1} given x_t, and for x_0 ~ N(0, v) the two are jointly normal. Ho et al. (2020), sec. 3.2."""
+    schedule = schedules.make(name, 1000)
+    abar, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+
+    def best(v):
+        joint = schedule.alphas.sqrt() * (before * v + 1 - before)  # the covariance of x_{t-1} and x_t
+        return before * v + 1 - before - joint**2 / (abar * v + 1 - abar)
+
+    # Differences of numbers of at most 1, of a product of 1000 factors
+    close = {"rtol": 1e-9, "atol": 1000 * torch.finfo(torch.float64).eps}
+    torch.testing.assert_close(variances.variance(schedule, "posterior"), best(0.0), **close)
+    torch.testing.assert_close(variances.variance(schedule, "beta"), best(1.0), **close)
+    for v in (0.01, 0.2, 0.9):
+        assert (best(v) >= variances.variance(schedule, "posterior") - close["atol"]).all()
+        assert (best(v) <= variances.variance(schedule, "beta") + close["atol"]).all()
+
+
 @pytest.mark.parametrize("variance", LEARNED)
 def test_the_hybrid_loss_trains_the_prediction_as_l2_does(variance):
     diffusion = learned(variance)
