@@ -250,17 +250,11 @@ struct Ops {
       const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps, bool silu) {
     const Inputs inputs("group_norm_silu", "x", x, 2);
     const ScalarType type = x.scalar_type();
-    inputs.check_data("x", x, floats);
-    check_parameters("group_norm_silu", inputs, x, weight, bias, scale, shift, groups);
+    check_parameters("group_norm_silu", inputs, x, x.size(1), weight, bias, scale, shift, groups);
     const Guard guard(x);
-    const Shape shape = inputs.of_channels();
     Tensor y = inputs.like_first(type);
-    Tensor mean = inputs.array(ScalarType::Float, {shape.samples, groups});
-    Tensor rstd = inputs.array(ScalarType::Float, {shape.samples, groups});
-    if (x.numel() == 0) {  // the mean of no elements is NaN, as in the reference
-      const double nan = std::numeric_limits<double>::quiet_NaN();
-      return {y, torch::stable::fill_(mean, nan), torch::stable::fill_(rstd, nan)};
-    }
+    auto [mean, rstd] = new_statistics(inputs, groups, x.numel() == 0);
+    if (x.numel() == 0) return {y, mean, rstd};
     run_with_workspace(inputs,
         GroupNormSilu{
             .x = data_of(x),
@@ -271,7 +265,7 @@ struct Ops {
             .y = y.mutable_data_ptr(),
             .mean = result_of(mean),
             .rstd = result_of(rstd),
-            .shape = shape,
+            .shape = inputs.of_channels(),
             .groups = groups,
             .eps = static_cast<float>(eps),
             .silu = silu,
@@ -286,22 +280,14 @@ struct Ops {
       const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias,
       const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu) {
     const Inputs inputs("group_norm_silu_backward", "x", x, 2);
-    const ScalarType type = x.scalar_type(), parameter_type = weight.scalar_type();
-    inputs.check_data("x", x, floats);
+    const ScalarType type = x.scalar_type();
+    check_parameters("group_norm_silu_backward", inputs, x, x.size(1), weight, bias, scale, shift, groups);
+    check_statistics(inputs, mean, rstd, groups);
     inputs.check_data("grad", grad, {type});
-    check_parameters("group_norm_silu_backward", inputs, x, weight, bias, scale, shift, groups);
-    const Shape shape = inputs.of_channels();
-    inputs.check_array("mean", mean, ScalarType::Float, {shape.samples, groups});
-    inputs.check_array("rstd", rstd, ScalarType::Float, {shape.samples, groups});
     const Guard guard(x);
     Tensor grad_x = inputs.like_first(type);
-    Tensor grad_weight = inputs.array(parameter_type, {shape.channels});
-    Tensor grad_bias = inputs.array(parameter_type, {shape.channels});
-    const auto of_sample = [&] {
-      return scale ? inputs.array(type, {shape.samples, shape.channels}) : inputs.array(type, {0});
-    };
-    Tensor grad_scale = of_sample(), grad_shift = of_sample();
-    if (shape.channels > 0) {
+    auto [grad_weight, grad_bias, grad_scale, grad_shift] = new_gradients(inputs, type, weight, scale);
+    if (x.size(1) > 0) {
       run_with_workspace(inputs,
           GroupNormSiluBackward{
               .grad = data_of(grad),
@@ -317,11 +303,11 @@ struct Ops {
               .grad_bias = grad_bias.mutable_data_ptr(),
               .grad_scale = data_if(scale.has_value(), grad_scale),
               .grad_shift = data_if(scale.has_value(), grad_shift),
-              .shape = shape,
+              .shape = inputs.of_channels(),
               .groups = groups,
               .silu = silu,
               .x_type = type_of(type),
-              .parameter_type = type_of(parameter_type),
+              .parameter_type = type_of(weight.scalar_type()),
               .workspace = nullptr,
           });
     }
@@ -353,14 +339,11 @@ struct Ops {
     Backend::run(arguments);
   }
 
-  static void check_parameters(const char* op, const Inputs& inputs, const Tensor& x, const Tensor& weight,
-      const Tensor& bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups) {
-    check_parameters(op, inputs, x, x.size(1), weight, bias, scale, shift, groups);
-  }
-
+  // Of a group norm of `channels` channels, those of x among them.
   static void check_parameters(const char* op, const Inputs& inputs, const Tensor& x, int64_t channels,
       const Tensor& weight, const Tensor& bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups) {
     const ScalarType type = weight.scalar_type();
+    inputs.check_data("x", x, floats);
     STD_TORCH_CHECK(groups > 0 && channels % groups == 0, op, ": ", groups, " groups do not divide ", describe(x));
     STD_TORCH_CHECK(type == ScalarType::Float || type == x.scalar_type(), op, ": weight ", describe(weight),
         " does not go with ", describe(x));
@@ -369,6 +352,38 @@ struct Ops {
     STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": give both scale and shift, or neither");
     inputs.check_array("scale", scale, x.scalar_type(), {x.size(0), channels});
     inputs.check_array("shift", shift, x.scalar_type(), {x.size(0), channels});
+  }
+
+  static void check_statistics(const Inputs& inputs, const Tensor& mean, const Tensor& rstd, int64_t groups) {
+    inputs.check_array("mean", mean, ScalarType::Float, {inputs.samples(), groups});
+    inputs.check_array("rstd", rstd, ScalarType::Float, {inputs.samples(), groups});
+  }
+
+  struct Statistics {
+    Tensor mean, rstd;
+  };
+
+  // To be written by a kernel; NaN where groups have no elements, as in the reference.
+  static Statistics new_statistics(const Inputs& inputs, int64_t groups, bool empty) {
+    const auto of_groups = [&] {
+      Tensor array = inputs.array(ScalarType::Float, {inputs.samples(), groups});
+      return empty ? torch::stable::fill_(array, std::numeric_limits<double>::quiet_NaN()) : array;
+    };
+    return {of_groups(), of_groups()};
+  }
+
+  struct ParameterGradients {
+    Tensor weight, bias, scale, shift;  // the last two are empty where there is no scale
+  };
+
+  static ParameterGradients new_gradients(
+      const Inputs& inputs, ScalarType type, const Tensor& weight, const MaybeTensor& scale) {
+    const int64_t channels = weight.size(0);
+    const auto of_all = [&] { return inputs.array(weight.scalar_type(), {channels}); };
+    const auto of_sample = [&] {
+      return scale ? inputs.array(type, {inputs.samples(), channels}) : inputs.array(type, {0});
+    };
+    return {of_all(), of_all(), of_sample(), of_sample()};
   }
 };
 

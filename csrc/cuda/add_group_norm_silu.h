@@ -1,42 +1,33 @@
 // The strict ops that add and normalise, which only this backend has kernels for.
 #pragma once
 
-#include "common/ops.h"
+#include "cuda/backend.h"
 
 namespace ddpm_fast {
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic error "-Wmissing-field-initializers"
 
-template <class Backend>
-struct AddingOps : Ops<Backend> {
-  using typename Ops<Backend>::Guard;
-
+struct AddingOps : Ops<Cuda> {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> add_group_norm_silu(const Tensor& x, const MaybeTensor& input_bias,
       const MaybeTensor& residual, const MaybeTensor& skip, const Tensor& weight, const Tensor& bias,
       const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps, bool silu, bool keep) {
     const char* op = "add_group_norm_silu";
     const Inputs inputs(op, "x", x, 2);
     const ScalarType type = x.scalar_type();
-    inputs.check_data("x", x, floats);
     inputs.check_data("residual", residual, {type});
     inputs.check_more_channels("skip", skip);
     const int64_t channels = x.size(1) + (skip ? skip->size(1) : 0);
-    Ops<Backend>::check_parameters(op, inputs, x, channels, weight, bias, scale, shift, groups);
+    check_parameters(op, inputs, x, channels, weight, bias, scale, shift, groups);
     const int64_t stride = check_input_bias(op, input_bias, x, x.size(1));
     STD_TORCH_CHECK(keep || !(residual || skip), op, ": h must be kept where there is a residual or a skip");
-    Shape shape = inputs.of_channels();
-    STD_TORCH_CHECK(!shape.planar, op, ": x is to be channels-last, got ", describe(x));
+    Shape shape = channels_last(op, inputs, x);
     shape.channels = channels;
     const Guard guard(x);
     Tensor y = inputs.like_first(channels), h = keep ? inputs.like_first(channels) : inputs.array(type, {0});
-    Tensor mean = inputs.array(ScalarType::Float, {shape.samples, groups});
-    Tensor rstd = inputs.array(ScalarType::Float, {shape.samples, groups});
-    if (y.numel() == 0) {  // the mean of no elements is NaN, as in the reference
-      const double nan = std::numeric_limits<double>::quiet_NaN();
-      return {y, h, torch::stable::fill_(mean, nan), torch::stable::fill_(rstd, nan)};
-    }
-    Ops<Backend>::run_with_workspace(inputs,
+    auto [mean, rstd] = new_statistics(inputs, groups, y.numel() == 0);
+    if (y.numel() == 0) return {y, h, mean, rstd};
+    run_with_workspace(inputs,
         AddGroupNormSilu{
             .x = data_of(x),
             .input_bias = data_of(input_bias),
@@ -70,32 +61,24 @@ struct AddingOps : Ops<Backend> {
       const MaybeTensor& shift, int64_t groups, bool silu, bool kept, int64_t channels) {
     const char* op = "add_group_norm_silu_backward";
     const Inputs inputs(op, "x", x, 2);
-    const ScalarType type = x.scalar_type(), parameter_type = weight.scalar_type();
-    inputs.check_data("x", x, floats);
+    const ScalarType type = x.scalar_type();
     inputs.check_data("grad", grad, {type});
     inputs.check_data("grad_sum", grad_sum, {type});
-    Ops<Backend>::check_parameters(op, inputs, x, x.size(1), weight, bias, scale, shift, groups);
+    check_parameters(op, inputs, x, x.size(1), weight, bias, scale, shift, groups);
     STD_TORCH_CHECK(0 <= channels && channels <= x.size(1) && (kept || channels == x.size(1)), op, ": ", channels,
         " channels do not go with ", describe(x));
     const int64_t stride = check_input_bias(op, input_bias, x, channels);
-    const Shape shape = inputs.of_channels();
-    STD_TORCH_CHECK(!shape.planar, op, ": x is to be channels-last, got ", describe(x));
-    inputs.check_array("mean", mean, ScalarType::Float, {shape.samples, groups});
-    inputs.check_array("rstd", rstd, ScalarType::Float, {shape.samples, groups});
+    const Shape shape = channels_last(op, inputs, x);
+    check_statistics(inputs, mean, rstd, groups);
     const Guard guard(x);
     Tensor grad_x = inputs.like_first(channels), grad_skip = inputs.like_first(shape.channels - channels);
-    Tensor grad_weight = inputs.array(parameter_type, {shape.channels});
-    Tensor grad_bias = inputs.array(parameter_type, {shape.channels});
-    const auto of_sample = [&] {
-      return scale ? inputs.array(type, {shape.samples, shape.channels}) : inputs.array(type, {0});
-    };
-    Tensor grad_scale = of_sample(), grad_shift = of_sample();
+    auto [grad_weight, grad_bias, grad_scale, grad_shift] = new_gradients(inputs, type, weight, scale);
     Tensor grad_input_bias = !input_bias ? inputs.array(type, {0})
         : input_bias->dim() == 1         ? inputs.array(input_bias->scalar_type(), {channels})
                                          : inputs.array(input_bias->scalar_type(), {shape.samples, channels});
     if (shape.samples == 0 || shape.plane == 0) torch::stable::zero_(grad_input_bias);
     if (shape.channels > 0) {
-      Ops<Backend>::run_with_workspace(inputs,
+      run_with_workspace(inputs,
           AddGroupNormSiluBackward{
               .grad = data_of(grad),
               .grad_sum = data_of(grad_sum),
@@ -121,7 +104,7 @@ struct AddingOps : Ops<Backend> {
               .silu = silu,
               .kept = kept,
               .x_type = type_of(type),
-              .parameter_type = type_of(parameter_type),
+              .parameter_type = type_of(weight.scalar_type()),
               .input_bias_type = type_of(input_bias ? input_bias->scalar_type() : type),
               .workspace = nullptr,
           });
@@ -135,6 +118,12 @@ struct AddingOps : Ops<Backend> {
   }
 
  private:
+  static Shape channels_last(const char* op, const Inputs& inputs, const Tensor& x) {
+    const Shape shape = inputs.of_channels();
+    STD_TORCH_CHECK(!shape.planar, op, ": x is to be channels-last, got ", describe(x));
+    return shape;
+  }
+
   // Returns the distance of a sample's row from the next one; 0 where all samples have the same.
   static int64_t check_input_bias(const char* op, const MaybeTensor& bias, const Tensor& x, int64_t channels) {
     if (!bias) return 0;
