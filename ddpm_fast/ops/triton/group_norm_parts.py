@@ -29,8 +29,10 @@ def addresses(first, second, pixel, row, channel, channels_of_first, channels_of
 
 @triton.jit
 def load_input_bias(input_bias, stride, sample, channel, inside):
-    """In float32; -0.0 for channels of skip, which changes no bit in a sum."""
-    return tl.load(input_bias + sample * stride + channel, mask=inside, other=-0.0).to(tl.float32)
+    """In float32, or None; -0.0 for channels of skip, which changes no bit in a sum."""
+    if input_bias is not None:
+        input_bias = tl.load(input_bias + sample * stride + channel, mask=inside, other=-0.0).to(tl.float32)
+    return input_bias
 
 
 @triton.jit

@@ -8,7 +8,16 @@ Memory runs along the columns of a tile: pixels x channels in channels-last tens
 (for the statistics, all elements of a group, which are one run).
 """
 
-__all__ = ["Tiles", "locate", "normalise_planes", "power", "tiles_of"]
+__all__ = [
+    "Tiles",
+    "apply_statistics",
+    "load_channels",
+    "load_input",
+    "locate",
+    "normalise_planes",
+    "power",
+    "tiles_of",
+]
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -119,6 +128,26 @@ def normalise_planes(
         )
     if h is not None:
         x, input_bias = h, None
+    apply_statistics(planar, x, input_bias, mean, rstd, weight, bias, scale, shift, y, bias_stride, plane, groups, silu)
+
+
+def apply_statistics(
+    planar: bool,
+    x: Tensor,
+    input_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    y: Tensor,
+    bias_stride: int,
+    plane: int,
+    groups: int,
+    silu: bool,
+) -> None:
+    channels = x.shape[1]
     tiles = tiles_of(planar, channels, plane, groups)
     given = (x, input_bias, mean, rstd, weight, bias, scale, shift)
     _apply[(len(x), tiles.blocks, tiles.parts)](*given, y, bias_stride, channels, plane, SILU=silu, **tiles.constants)
@@ -152,7 +181,6 @@ def _statistics(
     sample, block, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first = part.to(tl.int64) * PART
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    of_bias = input_bias
     if PLANAR:
         size = WIDTH * plane
         length = tl.cdiv(size, COLUMNS)
@@ -169,9 +197,8 @@ def _statistics(
             rest = tl.minimum(GROUPS - block * TOGETHER, TOGETHER) * WIDTH
         count = tl.minimum(plane - first, PART).to(tl.int32) * WIDTH
         offset = row * channels + channel
-        if input_bias is not None:
-            inside = (column < rest) & (channel < of_x)
-            of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
+        inside = (column < rest) & (channel < of_x)
+        of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
     rows = tl.minimum(length - first, PART).to(tl.int32)
 
     near = tl.zeros((TOGETHER,), tl.float32)
@@ -263,9 +290,26 @@ def locate(
 
 
 @triton.jit
-def load_statistics(sample, channel, inside, channels, mean, rstd, WIDTH: tl.constexpr):
+def load_channels(
+    sample,
+    channel,
+    channels,
+    mean,
+    rstd,
+    weight,
+    bias,
+    scale,
+    shift,
+    input_bias,
+    bias_stride,
+    WIDTH: tl.constexpr,
+):
+    """Of a tile's channels: which there are; mean and rstd; factor and addend; and what is added to x, or None."""
+    inside = channel < channels
     group = sample * (channels // WIDTH) + channel // WIDTH
-    return tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
+    m, r = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
+    factor, addend, _ = load_affine(sample, channel, inside, channels, weight, bias, scale, shift)
+    return inside, m, r, factor, addend, load_input_bias(input_bias, bias_stride, sample, channel, inside)
 
 
 @triton.jit
@@ -300,12 +344,9 @@ def _apply(
 ):
     sample = tl.program_id(0).to(tl.int64)
     channel, pixel, rest, _, start, offset = locate(sample, channels, plane, PLANAR, PART, ROWS, COLUMNS)
-    inside = channel < channels
-    m, r = load_statistics(sample, channel, inside, channels, mean, rstd, WIDTH)
-    factor, addend, _ = load_affine(sample, channel, inside, channels, weight, bias, scale, shift)
-    of_bias = input_bias
-    if input_bias is not None:
-        of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
+    inside, m, r, factor, addend, of_bias = load_channels(
+        sample, channel, channels, mean, rstd, weight, bias, scale, shift, input_bias, bias_stride, WIDTH
+    )
     factor *= r
     for first in range(0, rest, COLUMNS if PLANAR else ROWS):
         mask = inside & (pixel < rest - first)
