@@ -133,7 +133,11 @@ def launches_of_norm(channels: int, own: int, plane: int, groups: int, item: int
 
 
 def of_norm(name: str, args: tuple) -> list[Launch]:
-    """Of the forward pass of a group norm."""
+    """Of a group norm, of its output recomputed, or of its gradients."""
+    if name.endswith("backward"):
+        return of_gradients(name, args)
+    if name == "recompute_group_norm_silu":
+        return [Launch("group norm, recomputed", 2 * size(args[0]))]
     if name == "group_norm_silu":
         x, weight, groups = args[0], args[1], args[5]
         added, keep = (), False
@@ -149,3 +153,18 @@ def of_norm(name: str, args: tuple) -> list[Launch]:
     # The first one stores the sum, and the last one reads it, or x, again.
     first, last = Launch("group norm", read + result * keep), Launch("group norm", 2 * result)
     return [first, *[Launch("group norm", 0)] * (launches - 2), last]
+
+
+def of_gradients(name: str, args: tuple) -> list[Launch]:
+    """Of the backward pass of a group norm."""
+    if name == "group_norm_silu_backward":
+        (grad, x, *_, groups, _), grad_sum, input_bias, own = args, None, None, args[1].shape[1]
+    else:
+        grad, grad_sum, x, input_bias, *_, groups, _, _, own = args
+    launches = launches_of_norm(x.shape[1], own, x[0, 0].numel(), groups, x.element_size(), backward=True)
+    read, more = size(grad) + size(x), 0 if grad_sum is None else size(grad_sum)
+    last = [Launch("gradients of group norms", read + more + size(x))]
+    if launches == 2:  # of which the second adds up the samples
+        return [*last, Launch("gradients of group norms", 0)]
+    first = read + (0 if input_bias is None else more)
+    return [Launch("gradients of group norms", first), Launch("gradients of group norms", 0), *last]

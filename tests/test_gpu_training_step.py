@@ -4,10 +4,13 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
+from step_cost import Costs
 from test_gpu_step import Ops, on_a_gpu
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from training_runs import small, without_curve  # noqa: F401  (fixture)
 
+from ddpm_fast import UNet
+from ddpm_fast.nn import group_norm
 from ddpm_fast.training import trainer
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch was built without CUDA")
@@ -109,3 +112,23 @@ def test_the_average_takes_one_op(steps_on_a_gpu):
     )
     assert first == ["aten._foreach_copy_.default"]
     assert second == ["aten._foreach_lerp_.Scalar"]
+
+
+@pytest.mark.parametrize(("preset", "size"), [("ddpm-cifar10-32", 32), ("ddpm-256", 256)])
+def test_the_output_of_a_norm_is_recomputed_by_one_launch_without_its_statistics(monkeypatch, preset, size):
+    """In bfloat16. Prints what the backward pass costs."""
+    n = 8
+    monkeypatch.setattr(group_norm, "Tensor", FakeTensor)  # outputs of a class that is not PyTorch's own are kept
+    model = UNet.preset(preset, dropout=0.0).bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_a_gpu(model)
+        x, t = torch.empty(n, 3, size, size, device="cuda"), torch.empty(n, device="cuda")
+        with Costs(n):  # whose convolutions have channels-last results
+            loss = model(x, t).square().mean()
+        with Costs(n) as costs:
+            backward(loss)
+    print(f"the backward pass of {preset}, launches and MiB an image:\n{costs}")
+    norms = sum(isinstance(module, group_norm.GroupNorm) for module in model.modules())
+    kinds = Counter(launch.kind for launch in costs.launches)
+    assert kinds["group norm, recomputed"] == norms - 1  # the last one has its output kept
+    assert kinds["group norm"] == 0

@@ -1,6 +1,7 @@
 """Norms whose results are recomputed in the backward pass: gradients are those of keeping the results, in every bit."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import UNet
-from ddpm_fast.nn import layers
+from ddpm_fast.nn import deferred_sum, group_norm, layers
+from ddpm_fast.nn.deferred_sum import DeferredSum, normalised
 from ddpm_fast.nn.group_norm import GroupNorm, recomputed
 from ddpm_fast.nn.layers import Attention, ResidualBlock
+from ddpm_fast.ops.layout import memory_format
+
+
+@pytest.fixture(params=[False, True], ids=["on a CPU", "as on a GPU"], autouse=True)
+def fused(request, monkeypatch):
+    """Whether norms add, and return their statistics; plain PyTorch is the kernel of their op here."""
+    if request.param:
+        for module in (sys.modules["ddpm_fast.ops.add_group_norm_silu"], deferred_sum):
+            monkeypatch.setattr(module, "fuses", lambda x: memory_format(x) != torch.contiguous_format)
+    return request.param
 
 
 def network(**changes):
@@ -45,9 +57,28 @@ def images(dtype=torch.float32, channels=8):
     return x.requires_grad_()
 
 
-def saved_by_a_convolution(norm, x, y, conv):
-    with recomputed(norm, x, y):
+def recomputing(norm, x):
+    """norm(x), and the context that recomputes it."""
+    y, _, statistics = normalised(norm, DeferredSum(x))
+    return y, recomputed(norm, x, y, statistics)
+
+
+def saved_by_a_convolution(norm, x, conv):
+    y, context = recomputing(norm, x)
+    with context:
         return conv(y)
+
+
+def test_statistics_are_computed_in_the_forward_pass_alone(monkeypatch, fused):
+    calls = []
+    for name in ("add_and_normalise", "recompute_group_norm_silu"):
+        function = getattr(group_norm, name)
+        monkeypatch.setattr(group_norm, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k))
+    model = network()
+    model(*batch()).sum().backward()
+    norms = sum(isinstance(module, GroupNorm) for module in model.modules())
+    once = 1  # a network has its last norm's result kept
+    assert calls == ["recompute_group_norm_silu" if fused else "add_and_normalise"] * (norms - once)
 
 
 def test_weights_of_a_functional_call_are_those_of_its_backward_pass(monkeypatch):
@@ -95,9 +126,8 @@ def test_norms_of_another_class_keep_what_they_return():
             return 2 * super().forward(x)
 
     norm, conv, x = Doubled(2, 8, 1e-6), nn.Conv2d(8, 4, 1), images()
-    y = norm(x)
     found, kept = (torch.autograd.grad(f(), conv.weight)[0] for f in (
-        lambda: saved_by_a_convolution(norm, x, y, conv).square().sum(), lambda: conv(y).square().sum()
+        lambda: saved_by_a_convolution(norm, x, conv).square().sum(), lambda: conv(norm(x)).square().sum()
     ))  # fmt: skip
     assert torch.equal(found, kept)
 
@@ -105,7 +135,7 @@ def test_norms_of_another_class_keep_what_they_return():
 @pytest.mark.parametrize("written", ["x", "norm", "conv"])
 def test_writing_to_what_the_backward_pass_needs_raises_as_in_pytorch(written):
     norm, conv, x = GroupNorm(2, 8, 1e-6), nn.Conv2d(8, 4, 1), images() * 1
-    y = saved_by_a_convolution(norm, x, norm(x), conv)
+    y = saved_by_a_convolution(norm, x, conv)
     with torch.no_grad():
         {"x": x, "norm": norm.weight, "conv": conv.weight}[written].mul_(2)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation: .*expected version"):
@@ -116,16 +146,16 @@ def test_results_written_to_in_place_before_they_are_saved_are_kept():
     """As by a wrapper that begins with an activation in place."""
     norm, x = GroupNorm(2, 8, 1e-6), images()
     conv = nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Conv2d(8, 4, 1))
-    found = torch.autograd.grad(saved_by_a_convolution(norm, x, norm(x), conv).sum(), conv[1].weight)
-    assert torch.equal(found[0], torch.autograd.grad(conv(norm(x)).sum(), conv[1].weight)[0])
+    found = torch.autograd.grad(saved_by_a_convolution(norm, x, conv).sum(), conv[1].weight)
+    assert torch.equal(found[0], torch.autograd.grad(conv(recomputing(norm, x)[0]).sum(), conv[1].weight)[0])
 
 
 def test_tensors_that_take_the_memory_of_a_freed_result_are_not_taken_for_it():
     norm, x = GroupNorm(2, 8, 1e-6), images()
     weight = torch.randn(256, requires_grad=True)
     for _ in range(20):  # an allocator gives memory out again as soon as it is freed
-        y = norm(x)
-        with recomputed(norm, x, y):
+        y, context = recomputing(norm, x)
+        with context:
             del y
             threes = torch.full((256,), 3.0)
             product = weight * threes
@@ -135,10 +165,10 @@ def test_tensors_that_take_the_memory_of_a_freed_result_are_not_taken_for_it():
 
 def test_a_part_of_the_result_that_is_saved_is_that_part_of_it():
     norm, x = GroupNorm(2, 8, 1e-6), images()
-    y = norm(x)
+    y, context = recomputing(norm, x)
     parts = [y[1:], y[1:].expand(2, -1, -1, -1), y[:, 2:5], y[:1]]
     scales = [torch.randn(part.shape, requires_grad=True) for part in parts]
-    with recomputed(norm, x, y):
+    with context:
         total = sum((part * scale).sum() for part, scale in zip(parts, scales, strict=True))
     for found, part in zip(torch.autograd.grad(total, scales), parts, strict=True):
         assert torch.equal(found, part)
@@ -146,9 +176,9 @@ def test_a_part_of_the_result_that_is_saved_is_that_part_of_it():
 
 def test_views_of_the_same_bytes_in_another_dtype_are_not_taken_for_the_result():
     norm, x = GroupNorm(2, 8, 1e-6), images()
-    y = norm(x)
+    y, context = recomputing(norm, x)
     scale = torch.randn(y.shape, requires_grad=True)
-    with recomputed(norm, x, y):
+    with context:
         bits = y.detach().view(torch.int32)
         product = scale * bits
     assert torch.equal(torch.autograd.grad(product.sum(), scale)[0], bits.float())
@@ -190,7 +220,7 @@ def test_hooks_of_others_for_saved_tensors_get_all_of_them():
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: packed.append(saved) or saved, lambda saved: saved):
         block(x, torch.zeros(2, 8)).sum().backward()
     kernels = [saved for saved in packed if saved.shape == block.conv1.weight.shape]
-    normed = block.norm1(x)
+    normed, _ = recomputing(block.norm1, x)
     assert len(kernels) == 2
     assert any(saved.shape == normed.shape and torch.equal(saved, normed) for saved in packed)
 

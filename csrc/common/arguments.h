@@ -175,6 +175,23 @@ struct AddGroupNormSilu {
   float* workspace;                              // as many floats as the backend's workspace_size says
 };
 
+// The y of AddGroupNormSilu without scale and shift, from the statistics that it computed. x is channels-last: h, or
+// what only input_bias is added to.
+struct RecomputeGroupNormSilu {
+  const void* x;           // x_type
+  const void* input_bias;  // as above
+  const float* mean;       // (samples, groups)
+  const float* rstd;       // (samples, groups)
+  const void* weight;      // (channels,) parameter_type
+  const void* bias;        // (channels,) parameter_type
+  void* y;                 // x_type
+  Shape shape;
+  int64_t input_bias_stride;
+  int64_t groups;
+  bool silu;
+  Type x_type, parameter_type, input_bias_type;
+};
+
 // The gradients of the inputs of AddGroupNormSilu, given those of y and h. That of a residual is that of x.
 struct AddGroupNormSiluBackward {
   const void* grad;        // x_type

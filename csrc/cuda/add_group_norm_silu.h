@@ -1,4 +1,4 @@
-// The strict ops that add and normalise, which only this backend has kernels for.
+// The strict ops that add and normalise, and that recompute the output, which only this backend has kernels for.
 #pragma once
 
 #include "cuda/backend.h"
@@ -112,9 +112,41 @@ struct AddingOps : Ops<Cuda> {
     return {grad_x, grad_skip, grad_input_bias, grad_weight, grad_bias, grad_scale, grad_shift};
   }
 
+  static Tensor recompute_group_norm_silu(const Tensor& x, const MaybeTensor& input_bias, const Tensor& mean,
+      const Tensor& rstd, const Tensor& weight, const Tensor& bias, int64_t groups, bool silu) {
+    const char* op = "recompute_group_norm_silu";
+    const Inputs inputs(op, "x", x, 2);
+    const ScalarType type = x.scalar_type();
+    check_parameters(op, inputs, x, x.size(1), weight, bias, std::nullopt, std::nullopt, groups);
+    const int64_t stride = check_input_bias(op, input_bias, x, x.size(1));
+    const Shape shape = channels_last(op, inputs, x);
+    check_statistics(inputs, mean, rstd, groups);
+    const Guard guard(x);
+    Tensor y = inputs.like_first(type);
+    if (y.numel() == 0) return y;
+    Cuda::run(RecomputeGroupNormSilu{
+        .x = data_of(x),
+        .input_bias = data_of(input_bias),
+        .mean = floats_of(mean),
+        .rstd = floats_of(rstd),
+        .weight = data_of(weight),
+        .bias = data_of(bias),
+        .y = y.mutable_data_ptr(),
+        .shape = shape,
+        .input_bias_stride = stride,
+        .groups = groups,
+        .silu = silu,
+        .x_type = type_of(type),
+        .parameter_type = type_of(weight.scalar_type()),
+        .input_bias_type = type_of(input_bias ? input_bias->scalar_type() : type),
+    });
+    return y;
+  }
+
   static void register_all(torch::stable::detail::StableLibrary& library) {
     library.impl("add_group_norm_silu", TORCH_BOX(&AddingOps::add_group_norm_silu));
     library.impl("add_group_norm_silu_backward", TORCH_BOX(&AddingOps::add_group_norm_silu_backward));
+    library.impl("recompute_group_norm_silu", TORCH_BOX(&AddingOps::recompute_group_norm_silu));
   }
 
  private:

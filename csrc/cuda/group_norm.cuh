@@ -46,6 +46,16 @@ inline AddGroupNormSilu with_additions(const GroupNormSilu& g) {
   return a;
 }
 
+// Where there are no slices to join, the kernel of the output reads the statistics and does not write them.
+inline AddGroupNormSilu with_additions(const RecomputeGroupNormSilu& g) {
+  AddGroupNormSilu a{};
+  a.x = g.x, a.input_bias = g.input_bias, a.weight = g.weight, a.bias = g.bias;
+  a.y = g.y, a.mean = const_cast<float*>(g.mean), a.rstd = const_cast<float*>(g.rstd);
+  a.shape = g.shape, a.channels = g.shape.channels, a.input_bias_stride = g.input_bias_stride, a.groups = g.groups;
+  a.silu = g.silu, a.x_type = g.x_type, a.parameter_type = g.parameter_type, a.input_bias_type = g.input_bias_type;
+  return a;
+}
+
 inline AddGroupNormSiluBackward with_additions(const GroupNormSiluBackward& g) {
   AddGroupNormSiluBackward a{};
   a.grad = g.grad, a.x = g.x, a.mean = g.mean, a.rstd = g.rstd;

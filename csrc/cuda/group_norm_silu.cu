@@ -1,6 +1,7 @@
 // Group norm, an affine map and SiLU. Where whole groups of a sample fit into a block, one launch reads x and writes y.
 // Otherwise one reads x for the statistics, and another one reads it again and writes y; samples of more than
 // kFewSlices slices have a small launch between them. What is added to x first is added by the launch that reads first.
+// In the backward pass y is recomputed by the last launch alone.
 //
 // The statistics are safe where the mean is far larger than the spread: sums are of differences from a value among
 // those summed, and parts are joined by their means and their sums of squares about them (Chan et al. 1979). Means are
@@ -402,6 +403,15 @@ int64_t workspace_size(const AddGroupNormSilu& g) {
 int64_t workspace_size(const GroupNormSilu& g) { return workspace_size(with_additions(g)); }
 
 template <typename T, int kWidth, bool kPlanar>
+static cudaError_t launch_output(const AddGroupNormSilu& g, const NormPlan& plan, cudaStream_t stream) {
+  const size_t shared = plan.output.channels * (sizeof(Map) + sizeof(float));
+  const auto kernel = output_kernel<T, kWidth, kPlanar>;
+  if (const auto error = allow_shared(kernel, shared)) return error;
+  kernel<<<grid_of_slices(plan.output.count, g.shape.samples), kNormThreads, shared, stream>>>(g, plan);
+  return cudaGetLastError();
+}
+
+template <typename T, int kWidth, bool kPlanar>
 static cudaError_t launch_norm(const AddGroupNormSilu& g, cudaStream_t stream) {
   const NormPlan plan = plan_norm(g.shape, g.groups);
   const int64_t samples = g.shape.samples, slices = plan.statistics.count;
@@ -424,11 +434,7 @@ static cudaError_t launch_norm(const AddGroupNormSilu& g, cudaStream_t stream) {
     added.x = g.h, added.channels = g.shape.channels;
     added.input_bias = added.residual = added.skip = nullptr;
   }
-  const size_t shared = plan.output.channels * (sizeof(Map) + sizeof(float));
-  if (const auto error = allow_shared(output_kernel<T, kWidth, kPlanar>, shared)) return error;
-  output_kernel<T, kWidth, kPlanar>
-      <<<grid_of_slices(plan.output.count, samples), kNormThreads, shared, stream>>>(added, plan);
-  return cudaGetLastError();
+  return launch_output<T, kWidth, kPlanar>(added, plan, stream);
 }
 
 cudaError_t launch(const AddGroupNormSilu& g, cudaStream_t stream) {
@@ -445,5 +451,15 @@ cudaError_t launch(const AddGroupNormSilu& g, cudaStream_t stream) {
 }
 
 cudaError_t launch(const GroupNormSilu& g, cudaStream_t stream) { return launch(with_additions(g), stream); }
+
+cudaError_t launch(const RecomputeGroupNormSilu& recompute, cudaStream_t stream) {
+  const AddGroupNormSilu g = with_additions(recompute);
+  if (g.shape.samples == 0 || size_of(g.shape) == 0) return cudaSuccess;
+  NormPlan plan = plan_norm(g.shape, g.groups);
+  plan.statistics.count = 1;
+  return with_norm_layout(g.x_type, g.shape, g.channels, 0, {g.x, g.y}, [&](auto t, auto width, auto planar) {
+    return launch_output<decltype(t), decltype(width)::value, decltype(planar)::value>(g, plan, stream);
+  });
+}
 
 }  // namespace ddpm_fast

@@ -17,6 +17,7 @@ cudaError_t launch(const GroupNormSilu& g, cudaStream_t stream);
 cudaError_t launch(const GroupNormSiluBackward& g, cudaStream_t stream);
 cudaError_t launch(const AddGroupNormSilu& g, cudaStream_t stream);
 cudaError_t launch(const AddGroupNormSiluBackward& g, cudaStream_t stream);
+cudaError_t launch(const RecomputeGroupNormSilu& g, cudaStream_t stream);
 
 // How many floats `workspace` must hold; 0: it may be null.
 int64_t workspace_size(const WeightedLoss& l);

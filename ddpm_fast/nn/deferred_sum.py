@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from ..ops.add_group_norm_silu import fuses
+from ..ops.add_group_norm_silu import Normalised, add_and_normalise, fuses
+from ..ops.recompute_group_norm_silu import Statistics
 from .group_norm import GroupNorm, unhooked
 from .packed_weights import Conv2d
 
@@ -64,21 +64,25 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
-def normalised(norm: nn.Module, x: DeferredSum, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(norm(h), h) of h = cat([x, skip])."""
+def normalised(norm: nn.Module, x: DeferredSum, skip: Tensor | None = None) -> Normalised:
+    """norm(h), and h = cat([x, skip])."""
     if fuses(x.x) and unhooked(norm, GroupNorm):
-        how = (norm.weight, norm.bias, norm.num_groups, norm.eps)
-        return ops.add_group_norm_silu(x.x, *how, silu=norm.silu, input_bias=x.bias, residual=x.residual, skip=skip)
+        return _fused(norm, x, skip)
     h = x.tensor()
     if skip is not None:
         h = torch.cat([h, skip], dim=1)
-    return norm(h), h
+    return Normalised(norm(h), h, None)
 
 
-def normalised_alone(norm: nn.Module, x: DeferredSum) -> tuple[Tensor, DeferredSum]:
-    """(norm(h), h) where nothing else takes h: a sum with a bias alone need not be stored."""
-    if fuses(x.x) and unhooked(norm, GroupNorm) and x.bias is not None and x.residual is None:
-        how = (norm.weight, norm.bias, norm.num_groups, norm.eps)
-        return ops.group_norm_silu_of_biased(x.x, x.bias, *how, silu=norm.silu), x
-    y, h = normalised(norm, x)
-    return y, DeferredSum(h)
+def normalised_alone(norm: nn.Module, x: DeferredSum) -> tuple[Tensor, DeferredSum, Statistics | None]:
+    """(norm(h), h, statistics) where nothing else takes h: a sum with a bias alone need not be stored."""
+    if fuses(x.x) and unhooked(norm, GroupNorm) and x.residual is None:
+        y, _, statistics = _fused(norm, x, keep=False)
+        return y, x, statistics
+    y, h, statistics = normalised(norm, x)
+    return y, DeferredSum(h), statistics
+
+
+def _fused(norm: GroupNorm, x: DeferredSum, skip: Tensor | None = None, keep: bool = True) -> Normalised:
+    how = {"silu": norm.silu, "input_bias": x.bias, "residual": x.residual, "skip": skip, "keep": keep}
+    return add_and_normalise(x.x, norm.weight, norm.bias, norm.num_groups, norm.eps, **how)

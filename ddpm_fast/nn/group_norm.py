@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
+from ..ops.add_group_norm_silu import add_and_normalise
+from ..ops.recompute_group_norm_silu import Statistics, recompute_group_norm_silu
 from ..ops.transforms import transformed
 
 
@@ -63,10 +65,17 @@ class _View(NamedTuple):
     offset: int
 
 
-def recomputed(norm: nn.Module, x: Tensor, y: Tensor, input_bias: Tensor | None = None) -> AbstractContextManager[None]:
+def recomputed(
+    norm: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    statistics: Statistics | None = None,
+    input_bias: Tensor | None = None,
+) -> AbstractContextManager[None]:
     """A context for the layers that take y = norm(x): autograd saves x; y is recomputed in the backward pass.
 
     Args:
+        statistics: of the norm, where a kernel has returned them: y is then recomputed by one read of x.
         input_bias: y = norm(x + input_bias).
 
     The norm saves x anyway, so that y costs no memory, for about 1 % of a training step. y is computed from the
@@ -85,8 +94,7 @@ def recomputed(norm: nn.Module, x: Tensor, y: Tensor, input_bias: Tensor | None 
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return nullcontext()
-    inputs = [_Versioned.of(v) for v in (x, norm.weight, norm.bias)]
-    added = None if input_bias is None else _Versioned.of(input_bias)
+    inputs = [None if v is None else _Versioned.of(v) for v in (x, input_bias, norm.weight, norm.bias)]
     groups, eps, silu = norm.num_groups, norm.eps, norm.silu
     # Autograd keeps these functions: they hold no memory of y, but its storage object, whose address stays its own.
     storage, version = StorageWeakRef(y.untyped_storage()), y._version
@@ -100,12 +108,12 @@ def recomputed(norm: nn.Module, x: Tensor, y: Tensor, input_bias: Tensor | None 
     def unpack(kept: _Versioned | _View) -> Tensor:
         if isinstance(kept, _Versioned):
             return kept.get()
-        # With create_graph, gradients are on here, and the graph goes on through x and the parameters.
-        x, weight, bias = (v.get() for v in inputs)
-        if added is None:
-            again = ops.group_norm_silu(x, weight, bias, groups, eps, silu=silu)
+        x, added, weight, bias = (None if v is None else v.get() for v in inputs)
+        if statistics is None or torch.is_grad_enabled():
+            # With create_graph, gradients are on here, and the graph goes on through x and the parameters.
+            again = add_and_normalise(x, weight, bias, groups, eps, silu=silu, input_bias=added, keep=False).y
         else:
-            again = ops.group_norm_silu_of_biased(x, added.get(), weight, bias, groups, eps, silu=silu)
+            again = recompute_group_norm_silu(x, added, statistics, weight, bias, silu=silu)
         return again.as_strided(*kept)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

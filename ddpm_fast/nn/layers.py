@@ -99,13 +99,13 @@ class ResidualBlock(nn.Module):
 
     def deferred(self, x: DeferredSum, time: Tensor, skip: Tensor | None = None) -> tuple[DeferredSum, Tensor]:
         """What `forward` returns, not added yet; and its input as a tensor: cat([x, skip])."""
-        y, x = normalised(self.norm1, x, skip)
-        with recomputed(self.norm1, x, y):
+        y, x, statistics = normalised(self.norm1, x, skip)
+        with recomputed(self.norm1, x, y, statistics):
             h = convolved(self.conv1, y, bias=time) if self.takes_bias() else DeferredSum(self.conv1(y), time)
-        y, h = normalised_alone(self.norm2, h)
+        y, h, statistics = normalised_alone(self.norm2, h)
         shortcut = pointwise(self.shortcut, x)
         new = unhooked(self.shortcut, Conv2d)  # and nobody else has it
-        with recomputed(self.norm2, h.x, y, h.bias):
+        with recomputed(self.norm2, h.x, y, statistics, h.bias):
             return convolved(self.conv2, self.dropout(y), plus=shortcut, overwrite=new), x
 
 
@@ -124,9 +124,9 @@ class Attention(nn.Module):
 
     def deferred(self, x: DeferredSum) -> DeferredSum:
         """What `forward` returns, not added yet."""
-        y, x = normalised(self.norm, x)
+        y, x, statistics = normalised(self.norm, x)
         n, c, h, w = x.shape
-        with recomputed(self.norm, x, y):
+        with recomputed(self.norm, x, y, statistics):
             qkv = self.qkv(y.permute(0, 2, 3, 1).reshape(n, h * w, c))  # a view of channels-last memory
         q, k, v = (part.view(n, h * w, self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, H * W, C / heads)

@@ -9,7 +9,6 @@ __all__ = [
     "channels_last_format",
     "fold_in",
     "group_norm_silu",
-    "group_norm_silu_of_biased",
     "normal",
     "q_sample",
     "reverse_step",
@@ -17,7 +16,7 @@ __all__ = [
     "weighted_loss",
 ]
 
-from .add_group_norm_silu import add_group_norm_silu, group_norm_silu_of_biased
+from .add_group_norm_silu import add_group_norm_silu
 from .dispatch import BACKENDS, backend
 from .group_norm_silu import group_norm_silu
 from .layout import channels_last_format

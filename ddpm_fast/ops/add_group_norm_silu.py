@@ -13,9 +13,10 @@ from torch import Tensor
 from . import dispatch, layout, reference
 from .arguments import FLOATING, Rule, Rules
 from .group_norm_silu import group_norm_silu, in_their_dtypes, modulation_fits
+from .recompute_group_norm_silu import Statistics, input_bias_rows
 from .transforms import by_reference_backward
 
-__all__ = ["add_group_norm_silu", "group_norm_silu_of_biased"]
+__all__ = ["Normalised", "add_and_normalise", "add_group_norm_silu", "fuses"]
 
 
 class AddGroupNormSiluArguments(NamedTuple):
@@ -52,6 +53,21 @@ class AddGroupNormSiluBackwardArguments(NamedTuple):
     silu: bool
     kept: bool
     channels: int  # C1
+
+
+class Normalised(NamedTuple):
+    """What a norm returns.
+
+    Attributes:
+        y: its output.
+        h: the sum that was normalised.
+        statistics: for `recompute_group_norm_silu`, of norms without scale and shift; None where no kernel adds and
+            normalises at once.
+    """
+
+    y: Tensor
+    h: Tensor
+    statistics: Statistics | None
 
 
 def _same_but_channels(x: Tensor, y: Tensor | None) -> bool:
@@ -148,34 +164,42 @@ def add_group_norm_silu(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _call(x, weight, bias, groups, eps, silu, scale, shift, input_bias, residual, skip, keep=True)
+    added = {"input_bias": input_bias, "residual": residual, "skip": skip}
+    return add_and_normalise(x, weight, bias, groups, eps, silu=silu, scale=scale, shift=shift, **added)[:2]
 
 
-def group_norm_silu_of_biased(
-    x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True
-) -> Tensor:
-    """SiLU(GroupNorm(x + input_bias)), of which the sum is not stored."""
-    return _call(x, weight, bias, groups, eps, silu, None, None, input_bias, None, None, keep=False)[0]
+def add_and_normalise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    silu: bool,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    input_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    keep: bool = True,
+) -> Normalised:
+    """`add_group_norm_silu` for layers that recompute y in their backward pass.
 
-
-def _call(x, weight, bias, groups, eps, silu, scale, shift, input_bias, residual, skip, *, keep):
+    Args:
+        keep: False if the sum is not needed where only input_bias is added; it is then not stored, and h is x.
+    """
     _RULES.check(x, weight, bias, groups, scale, shift, input_bias, residual, skip)
-    if input_bias is None and residual is None and skip is None:
-        return group_norm_silu(x, weight, bias, groups, eps, silu=silu, scale=scale, shift=shift), x
     if not fuses(x) or _op.by_reference(x):
         h = reference.add_inputs(x, input_bias, residual, skip)
-        return group_norm_silu(h, weight, bias, groups, eps, silu=silu, scale=scale, shift=shift), h
+        return Normalised(group_norm_silu(h, weight, bias, groups, eps, silu=silu, scale=scale, shift=shift), h, None)
     form = layout.channels_last_format(x.ndim)
     weight, bias, scale, shift = in_their_dtypes(x, weight, bias, scale, shift)
-    if input_bias is not None and input_bias.dtype not in (x.dtype, torch.float32):
-        input_bias = input_bias.float()
-    if input_bias is not None and (input_bias.stride(-1) != 1 or input_bias.stride(0) < input_bias.shape[-1]):
-        input_bias = input_bias.contiguous()
     residual, skip = (layout.as_given(y, x.dtype, form) for y in (residual, skip))
-    keep = keep or residual is not None or skip is not None
-    given = (x, input_bias, residual, skip, weight, bias, scale, shift, groups, eps, silu, keep)
-    y, h, _, _ = _op.kernel_of(dispatch.chosen())(*AddGroupNormSiluArguments(*given))
-    return y, h
+    keep = residual is not None or skip is not None or (keep and input_bias is not None)
+    given = (x, input_bias_rows(x, input_bias), residual, skip, weight, bias, scale, shift, groups, eps, silu, keep)
+    backend = dispatch.chosen()
+    y, h, mean, rstd = _op.kernel_of(backend)(*AddGroupNormSiluArguments(*given))
+    return Normalised(y, h if keep else x, Statistics(mean, rstd, backend))
 
 
 def fuses(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ __all__ = [
     "group_norm_silu",
     "group_norm_silu_backward",
     "normal",
+    "normalise",
     "q_sample",
     "reverse_step",
     "sum_to_bias",
@@ -245,10 +246,25 @@ def group_norm_silu(
     grouped = x.to(acc).reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)  # (N, G, C / G * H * W)
     var, mean = torch.var_mean(grouped, dim=2, correction=0)
     rstd = (var + eps).rsqrt()
+    return normalise(x, mean, rstd, weight, bias, scale, shift, groups, silu), mean, rstd
+
+
+def normalise(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    silu: bool,
+) -> Tensor:
+    """The y of group_norm_silu, in x's dtype, from the statistics."""
     y = _affine(_normalised(x, mean, rstd, groups), weight, bias, scale, shift)
     if silu:
         y = F.silu(y)
-    return y.to(x.dtype), mean, rstd
+    return y.to(x.dtype)
 
 
 def group_norm_silu_backward(

@@ -112,6 +112,11 @@ def test_a_norm_of_the_network_reads_and_writes_everything_once(own, others, siz
     assert 8 * cuda.launches[0].blocks >= 64
     assert cuda.launches[0].loads_of_a_thread <= 22
 
+    assert torch.equal(cuda.recompute_group_norm_silu(h, None, mean, rstd, weight, bias, 32, True), y)
+    (launch,) = cuda.launches
+    assert memory_of(h) <= launch.unique_loaded_bytes <= memory_of(h) + small
+    assert launch.unique_stored_bytes == memory_of(h)
+
     grad, grad_sum = torch.randn_like(y), torch.randn_like(y)
     given = (grad, grad_sum, h, input_bias, mean, rstd, weight, bias)
     cuda.add_group_norm_silu_backward(*given, None, None, 32, True, True, own)

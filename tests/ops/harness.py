@@ -227,16 +227,7 @@ def vlb_terms_truth(x_start, x_t, pred, variance, t, rows, low, high):
 
 
 def group_norm_truth(x, weight, bias, scale, shift, groups, eps, silu):
-    y, mean, rstd = reference.group_norm_silu(*(wide(v) for v in (x, weight, bias, scale, shift)), groups, eps, silu)
-    n, c = x.shape[:2]
-    shape = (n, c, *[1] * (x.ndim - 2))
-    mean_c, rstd_c = (m.repeat_interleave(c // groups, 1).view(shape) for m in (mean, rstd))
-    x_hat = (x.double() - mean_c) * rstd_c
-    gain = weight.double().view(1, c, *shape[2:]).abs().expand(shape)
-    offset = bias.double().view(1, c, *shape[2:]).abs().expand(shape)
-    if scale is not None:
-        gain, offset = (v * (1 + scale.double().view(shape).abs()) for v in (gain, offset))
-        offset = offset + shift.double().view(shape).abs()
+    _, mean, rstd = reference.group_norm_silu(*(wide(v) for v in (x, weight, bias, scale, shift)), groups, eps, silu)
     # The mean has a rounding of its own and that of a sum of deviations, and so has the variance. A group of equal
     # values, whose variance is 0, has rstd = eps^-1/2 exactly.
     spread = 1 / rstd
@@ -244,10 +235,27 @@ def group_norm_truth(x, weight, bias, scale, shift, groups, eps, silu):
     chain = min(count, CHAIN)
     mean_error = EPS * mean.abs() + chain * EPS * spread
     rstd_error = (chain + 4) * 2 * EPS * rstd + 2 * rstd * (rstd * mean_error) ** 2
-    spread_out = [m.repeat_interleave(c // groups, 1).view(shape) for m in (mean_error, rstd_error)]
-    error = gain * (rstd_c * spread_out[0] + (x_hat / rstd_c).abs() * spread_out[1] + 4 * EPS * x_hat.abs())
+    y = _normalised(x, mean, rstd, weight, bias, scale, shift, groups, silu, mean_error, rstd_error)
+    return [y, (mean, mean_error + TINY[torch.float32]), (rstd, rstd_error)]
+
+
+def _normalised(x, mean, rstd, weight, bias, scale, shift, groups, silu, mean_error, rstd_error):
+    """The output of statistics with these errors."""
+    y = reference.normalise(*(wide(v) for v in (x, mean, rstd, weight, bias, scale, shift)), groups, silu)
+    n, c = x.shape[:2]
+    shape = (n, c, *[1] * (x.ndim - 2))
+    mean, rstd, mean_error, rstd_error = (
+        m.double().repeat_interleave(c // groups, 1).view(shape) for m in (mean, rstd, mean_error, rstd_error)
+    )
+    x_hat = (x.double() - mean) * rstd
+    gain = weight.double().view(1, c, *shape[2:]).abs().expand(shape)
+    offset = bias.double().view(1, c, *shape[2:]).abs().expand(shape)
+    if scale is not None:
+        gain, offset = (v * (1 + scale.double().view(shape).abs()) for v in (gain, offset))
+        offset = offset + shift.double().view(shape).abs()
+    error = gain * (rstd * mean_error + (x_hat / rstd).abs() * rstd_error + 4 * EPS * x_hat.abs())
     error = 1.1 * (error + 4 * EPS * offset) + (8 * EPS + SIGMOID[x.dtype] * silu) * y.abs()
-    return [rounded(y, error, x.dtype), (mean, mean_error + TINY[torch.float32]), (rstd, rstd_error)]
+    return rounded(y, error, x.dtype)
 
 
 def group_norm_backward_truth(grad, x, mean, rstd, weight, bias, scale, shift, groups, silu):
@@ -312,6 +320,11 @@ def add_group_norm_truth(x, input_bias, residual, skip, weight, bias, scale, shi
     return [y, (h if keep else x.new_empty(0), torch.zeros(())), *statistics]
 
 
+def recompute_group_norm_truth(x, input_bias, mean, rstd, weight, bias, groups, silu):
+    h, exact = reference.add_inputs(x, input_bias, None, None), torch.zeros_like(mean)
+    return [_normalised(h, mean, rstd, weight, bias, None, None, groups, silu, exact, exact)]
+
+
 def add_group_norm_backward_truth(
     grad, grad_sum, x, input_bias, mean, rstd, weight, bias, scale, shift, groups, silu, kept, channels
 ):
@@ -350,6 +363,7 @@ TRUTHS = {
     "group_norm_silu_backward": group_norm_backward_truth,
     "add_group_norm_silu": add_group_norm_truth,
     "add_group_norm_silu_backward": add_group_norm_backward_truth,
+    "recompute_group_norm_silu": recompute_group_norm_truth,
 }
 
 

@@ -439,6 +439,36 @@ class Simulation:
         )
         return grad_x, grad_skip, *(x.new_empty(0) if g is None else g for g in grads)
 
+    def recompute_group_norm_silu(
+        self,
+        x: Tensor,
+        input_bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        silu: bool,
+    ) -> Tensor:
+        y = empty_with_channels(x, x.shape[1])
+        self._launch(
+            "RecomputeGroupNormSilu",
+            x=x,
+            input_bias=input_bias,
+            mean=mean,
+            rstd=rstd,
+            weight=weight,
+            bias=bias,
+            y=y,
+            shape=shape_of(x, image=True),
+            groups=groups,
+            silu=silu,
+            x_type=TYPES[x.dtype],
+            parameter_type=TYPES[weight.dtype],
+            **_of_input_bias(input_bias, x),
+        )
+        return y
+
 
 def _of_input_bias(bias: Tensor | None, x: Tensor) -> dict[str, int]:
     if bias is None:

@@ -149,31 +149,39 @@ def group_norm_silu_backward(draw, most):
     )
 
 
+def normalisation_of_images(most):
+    """As `normalisation`, of channels-last images."""
+    return normalisation(most).filter(lambda drawn: drawn[0].ndim == 4).map(_channels_last)
+
+
 @st.composite
 def additions(draw, most):
     """(x, input_bias, residual, skip, weight, bias, scale, shift, groups) of a norm of channels-last images."""
-    x, weight, bias, scale, shift, groups = draw(
-        normalisation(most).filter(lambda drawn: drawn[0].ndim == 4).map(_channels_last)
-    )
-    n, c = x.shape[:2]
+    x, weight, bias, scale, shift, groups = draw(normalisation_of_images(most))
+    c = x.shape[1]
     unit = draw(st.sampled_from([1, 8]))
     of_skip = draw(st.integers(0, (c - 1) // unit)) * unit
     channels = c - of_skip
     x, skip = x[:, :channels], x[:, channels:] if of_skip else None
     x, skip = (y if y is None else y.contiguous(memory_format=torch.channels_last) for y in (x, skip))
     residual = data(tuple(x.shape), x.dtype, "channels last", 6) if draw(st.booleans()) else None
-    of_bias = draw(st.sampled_from([x.dtype, torch.float32]))
-    input_bias = draw(
+    return x, draw(input_biases(x)), residual, skip, weight, bias, scale, shift, groups
+
+
+@st.composite
+def input_biases(draw, x):
+    n, channels = x.shape[:2]
+    dtype = draw(st.sampled_from([x.dtype, torch.float32]))
+    return draw(
         st.sampled_from(
             [
                 None,
-                data((channels,), of_bias, "contiguous", 7),
-                data((n, channels), of_bias, "contiguous", 8),
-                data((n, channels + 8), of_bias, "contiguous", 9)[:, 8:],
+                data((channels,), dtype, "contiguous", 7),
+                data((n, channels), dtype, "contiguous", 8),
+                data((n, channels + 8), dtype, "contiguous", 9)[:, 8:],
             ]
         )
     )
-    return x, input_bias, residual, skip, weight, bias, scale, shift, groups
 
 
 def _channels_last(drawn):
@@ -205,6 +213,18 @@ def add_group_norm_silu_backward(draw, most):
 
 
 @st.composite
+def recompute_group_norm_silu(draw, most):
+    from ddpm_fast.ops import reference
+
+    x, weight, bias, _, _, groups = draw(normalisation_of_images(most))
+    input_bias = draw(input_biases(x))
+    h = reference.add_inputs(x, input_bias, None, None)
+    _, mean, rstd = reference.group_norm_silu(h, weight, bias, None, None, groups, 1e-5, True)
+    given = (x, input_bias, mean, rstd, weight, bias, groups, draw(st.booleans()))
+    return Case("recompute_group_norm_silu", given)
+
+
+@st.composite
 def normal(draw, most):
     return Case("normal", (make_keys(draw(st.integers(1, 4))), draw(st.integers(0, max(most // 4, 1)))))
 
@@ -229,5 +249,6 @@ STRATEGIES = {
         group_norm_silu_backward,
         add_group_norm_silu,
         add_group_norm_silu_backward,
+        recompute_group_norm_silu,
     )
 }

@@ -27,6 +27,7 @@ from kernel_calls import (
     group_norm,
     images,
     make_keys,
+    recomputed_group_norm,
 )
 from ptxsim import inductor, toolchain
 
@@ -60,18 +61,20 @@ def elements_of_a_thread(name, layout, types, warps):
 
 @functools.cache
 def norms(cc):
-    """ "what, dtype" -> what the forward and the backward pass have launched."""
+    """ "what, dtype" -> what the forward and the backward pass have launched, or the recomputation between them."""
     found = {}
     for dtype in (F32, BF16):
         calls = {
-            "planar": group_norm(dtype, torch.contiguous_format, (1, 64, 16, 32)),
-            "channels-last": group_norm(dtype, torch.channels_last, (1, 64, 48, 48)),
-            "256 x 8 x 8": group_norm(dtype, torch.channels_last, (1, 256, 8, 8)),
+            "planar": group_norm(dtype, torch.contiguous_format, (1, 64, 16, 32))[1],
+            "channels-last": group_norm(dtype, torch.channels_last, (1, 64, 48, 48))[1],
+            "256 x 8 x 8": group_norm(dtype, torch.channels_last, (1, 256, 8, 8))[1],
         }
-        calls |= {f"adding, {name}": add_group_norm(dtype, *case) for name, case in (SLABS | LARGE).items()}
-        for name, (_, backward, _) in calls.items():
+        calls |= {f"adding, {name}": add_group_norm(dtype, *case)[1] for name, case in (SLABS | LARGE).items()}
+        for name in ("128 x 32 x 32", "256 x 8 x 8"):
+            calls[f"recomputed, {name}"] = recomputed_group_norm(dtype, SLABS[name][0])[0]
+        for name, call in calls.items():
             with simulated(cc) as launched:
-                backward()
+                call()
             found[f"{name}, {str(dtype).removeprefix('torch.')}"] = launched
     return found
 
@@ -189,6 +192,16 @@ def test_a_plane_too_large_for_a_slab_is_added_by_the_launch_that_reads_it_first
     assert all(3 * size <= s.unique_loaded_bytes <= 3 * size + small for s in (sums, apply))
     assert spread.unique_loaded_bytes <= small
     assert size <= apply.unique_stored_bytes <= size + small
+
+
+@pytest.mark.parametrize("name", SLABS | LARGE)
+def test_an_output_is_recomputed_by_one_read_and_one_write_whatever_its_size(name):
+    call, size = recomputed_group_norm(BF16, (SLABS | LARGE)[name][0])
+    with simulated(90) as launched:
+        call()
+    ((stats, *_),) = launched
+    assert size <= stats.unique_loaded_bytes <= size + 2**14  # parameters and statistics
+    assert stats.unique_stored_bytes == size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,7 +4,7 @@ Each op is a function with the arguments of the op of its name, which come check
 A timestep that is not in the table gives NaN: a kernel here has no way to fail.
 """
 
-from .add_group_norm_silu import add_group_norm_silu, add_group_norm_silu_backward
+from .add_group_norm_silu import add_group_norm_silu, add_group_norm_silu_backward, recompute_group_norm_silu
 from .group_norm_silu import group_norm_silu, group_norm_silu_backward
 from .q_sample import q_sample
 from .random import fold_in, normal
@@ -20,6 +20,7 @@ __all__ = [
     "group_norm_silu_backward",
     "normal",
     "q_sample",
+    "recompute_group_norm_silu",
     "reverse_step",
     "vlb_terms",
     "weighted_loss",

@@ -1,12 +1,15 @@
-"""Group norm of a sum and a concatenation: in one launch where whole groups of a sample fit into a program."""
+"""Group norm of a sum and a concatenation: in one launch where whole groups of a sample fit into a program.
 
-__all__ = ["add_group_norm_silu", "add_group_norm_silu_backward"]
+Its output is recomputed from the statistics by the last launch of those that larger planes take.
+"""
+
+__all__ = ["add_group_norm_silu", "add_group_norm_silu_backward", "recompute_group_norm_silu"]
 
 import torch
 from torch import Tensor
 
 from ..layout import empty_with_channels
-from .group_norm_planes import normalise_planes
+from .group_norm_planes import apply_statistics, normalise_planes
 from .group_norm_planes_backward import plane_gradients
 from .group_norm_slab import normalise_slabs, slab_gradients, slab_of
 
@@ -84,6 +87,23 @@ def add_group_norm_silu_backward(
         else:
             slab_gradients(slab, *given, *results, stride, silu, kept)
     return grad_x, grad_skip, *(x.new_empty(0) if p is None else p for p in grads)
+
+
+def recompute_group_norm_silu(
+    x: Tensor,
+    input_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    silu: bool,
+) -> Tensor:
+    y = empty_with_channels(x, x.shape[1])
+    if y.numel() > 0:
+        given = (x, input_bias, mean, rstd, weight, bias, None, None, y, _row_stride(input_bias))
+        apply_statistics(False, *given, y[0, 0].numel(), groups, silu)
+    return y
 
 
 def _is_planar(x: Tensor) -> bool:
