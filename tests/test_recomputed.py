@@ -235,3 +235,15 @@ def test_second_derivatives_are_right():
             nn.init.normal_(p, std=0.5)
         with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other kernels have no second derivative
             assert torch.autograd.gradgradcheck(function, (x, *block.parameters()), fast_mode=True)
+
+
+def test_batched_gradients_are_those_of_one_after_the_other():
+    block, x, time = ResidualBlock(8, 8, groups=2, eps=1e-6, dropout=0.0), images(), torch.randn(2, 8)
+    y, grads = block(x, time), torch.randn(3, 2, 8, 4, 4)
+    leaves = [block.norm1.weight, block.conv1.weight, block.conv2.weight]
+    found = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        expected = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        for batched, alone in zip(found, expected, strict=True):
+            # sums over 2 x 4 x 4 pixels and 8 channels, in another order
+            torch.testing.assert_close(batched[i], alone, rtol=0, atol=2**-24 * 256 * alone.abs().max().item())

@@ -282,9 +282,11 @@ def _reference_backward(ctx, grad: Tensor | None, grad_sum: Tensor | None) -> li
         grad_sum = of_h if grad_sum is None else grad_sum + of_h
     if grad_sum is None:
         return [None] * 8
-    grad_x, grad_skip = grad_sum[:, : ctx.channels], grad_sum[:, ctx.channels :]
+    grad_x, grad_skip = grad_sum, None
+    if ctx.has_skip:  # batched gradients cannot be sliced where all is taken
+        grad_x, grad_skip = grad_sum[:, : ctx.channels], grad_sum[:, ctx.channels :]
     grad_input_bias = reference.sum_to_bias(grad_x, input_bias) if need[1] else None
-    return [grad_x, grad_input_bias, grad_x if need[2] else None, grad_skip if ctx.has_skip else None, *grads]
+    return [grad_x, grad_input_bias, grad_x if need[2] else None, grad_skip, *grads]
 
 
 def _backward_reference(
