@@ -11,7 +11,7 @@ from training_runs import small, without_curve  # noqa: F401  (fixture)
 
 from ddpm_fast import UNet
 from ddpm_fast.nn import group_norm
-from ddpm_fast.training import trainer
+from ddpm_fast.training import optimization, trainer
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch was built without CUDA")
 
@@ -76,8 +76,9 @@ def steps_on_a_gpu(tmp_path, monkeypatch):
             on_a_gpu(run.ema.module)
             run.device = torch.device("cuda")
             run._sample_offset = torch.empty((), dtype=torch.int64, device="cuda")
-            run.optimizer = torch.optim.AdamW(run.diffusion.model.parameters(), fused=True, capturable=True)
-            run.optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda")  # of a GPU
+            run.optimizer = torch.optim.AdamW(optimization.parameter_groups(run.diffusion), fused=True, capturable=True)
+            for group in run.optimizer.param_groups:
+                group["lr"] = torch.empty((), device="cuda")  # of a GPU
             run._set_precision(precision)
             if precision == "fp16":  # it disables itself for GPUs that are not there
                 run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)

@@ -11,7 +11,7 @@ from torch import nn
 from training_runs import assert_same_weights, finished, losses, small, without_curve  # noqa: F401  (fixtures)
 
 from ddpm_fast import cuda_graph
-from ddpm_fast.training import graphed_step, trainer
+from ddpm_fast.training import graphed_step, optimization, trainer
 from ddpm_fast.training.graphed_step import GraphedStep
 
 
@@ -73,7 +73,7 @@ def captures(without, monkeypatch):
         """As on a GPU. Its learning rate has 64 bits, so that it is the number that a CPU is given."""
         lr = torch.tensor(c.lr, dtype=torch.float64)
         how = {"betas": c.betas, "weight_decay": c.weight_decay, "fused": True, "capturable": True}
-        return torch.optim.AdamW(diffusion.model.parameters(), lr=lr, **how)
+        return torch.optim.AdamW(optimization.parameter_groups(diffusion), lr=lr, **how)
 
     # Its own: the previews are sampled without.
     monkeypatch.setattr(graphed_step, "cuda_graph", SimpleNamespace(**vars(cuda_graph)))

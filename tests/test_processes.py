@@ -16,7 +16,7 @@ from ddpm_fast.app.generate import write_samples
 from ddpm_fast.training import checkpoint, trainer
 from ddpm_fast.training.config import build_diffusion, check
 from ddpm_fast.training.pictures import save_images
-from ddpm_fast.training.run import load_run, pick_device
+from ddpm_fast.training.run import load_run, pick_device, weights_of
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",  # as in this process
@@ -34,8 +34,8 @@ def folder(tmp_path_factory):
     checkpoint.save(
         folder,
         1,
-        model=diffusion.model,
-        ema=diffusion.model,
+        model=weights_of(diffusion),
+        ema=weights_of(diffusion),
         optimizer=trainer.make_optimizer(diffusion, config.training),
         state={"config": config.model_dump(mode="json")},
     )

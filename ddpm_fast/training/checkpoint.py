@@ -36,7 +36,7 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from .files import flush, write_text
 
@@ -145,21 +145,22 @@ def save(
     run: Path,
     step: int,
     *,
-    model: nn.Module,
-    ema: nn.Module,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Path:
     """Writes RUN/checkpoints/step-*, then deletes all but the last two checkpoints.
 
     Args:
+        model, ema: the weights and their average, by name.
         state: what else to keep, as JSON.
 
     Raises:
         CheckpointError: a weight or moment is not finite, or the files cannot be written. What was there before is
             still there, and nothing else.
     """
-    weights = {"model": _on_cpu(model.state_dict()), "ema": _on_cpu(ema.state_dict())}
+    weights = {"model": _on_cpu(model), "ema": _on_cpu(ema)}
     moments = {key: _on_cpu(values) for key, values in optimizer.state_dict()["state"].items()}
     for kind, tensors in (*weights.items(), *(("optimizer", values) for values in moments.values())):
         if name := _not_finite(tensors):
@@ -271,21 +272,23 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     return state.model_dump(by_alias=True)
 
 
-def load_weights(checkpoint: Path, name: str, module: nn.Module) -> None:
-    """Loads the weights in `model` or `ema` into a module.
+def load_weights(checkpoint: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copies what was saved as `model` or `ema` into tensors of the same names.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or its tensors have other names, shapes or dtypes than the
-            module's, or are not finite.
+        CheckpointError: the file is missing or damaged, or its tensors have other names, shapes or dtypes than those
+            given, or are not finite.
     """
     path = checkpoint / f"{name}.safetensors"
     _check_digest(path)
     try:
-        weights = safetensors.torch.load_file(path)
+        found = safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from None
-    _check_tensors(path, weights, module.state_dict(), "not the weights of the network in state.json")
-    module.load_state_dict(weights)
+    _check_tensors(path, found, tensors, "not the weights of the network in state.json")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            tensor.copy_(found[key])
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:

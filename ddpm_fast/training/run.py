@@ -13,6 +13,7 @@ __all__ = [
     "pictures_are_due",
     "sample_batches",
     "sampling_bar",
+    "weights_of",
     "write_pictures",
 ]
 
@@ -70,6 +71,15 @@ def pick_device() -> torch.device:
     return accelerator
 
 
+def weights_of(diffusion: GaussianDiffusion) -> dict[str, Tensor]:
+    """What a training changes, by the names that a checkpoint has for it: the tensors themselves, not copies.
+
+    Names are those of the network; a parameter of the diffusion itself is `diffusion.log_variance`.
+    """
+    own = {f"diffusion.{name}": p.detach() for name, p in diffusion.named_parameters(recurse=False)}
+    return diffusion.model.state_dict() | own
+
+
 def load_run(folder: str | Path) -> Run:
     """Loads a trained model from the folder of a run (its newest checkpoint), or from one of its checkpoints.
 
@@ -81,7 +91,7 @@ def load_run(folder: str | Path) -> Run:
     newest = checkpoint.latest(folder)
     config = check(checkpoint.load_state(newest)["config"], newest / "state.json")
     diffusion = build_diffusion(config)
-    checkpoint.load_weights(newest, "ema", diffusion.model)
+    checkpoint.load_weights(newest, "ema", weights_of(diffusion))
     return Run(folder, config, diffusion.to(pick_device()).eval())
 
 

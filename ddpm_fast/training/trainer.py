@@ -4,7 +4,7 @@ Image n of a run always meets the same timestep, noise and flip: they follow fro
 alone. So a run that was interrupted and resumed is the run that was not, bit for bit on a CPU.
 """
 
-# `load_run` is defined in run, and was found here before.
+# `load_run` is defined in run, the optimizer's functions in optimization, and were found here before.
 __all__ = ["Trainer", "ema_decay", "load_run", "lr_factor", "make_optimizer", "set_lr", "train", "update_average"]
 
 import math
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
@@ -24,14 +24,15 @@ from ..diffusion import GaussianDiffusion
 from ..info import versions
 from ..noise import derive_seed
 from . import checkpoint
-from .config import ConfigError, RunConfig, TrainingConfig, build_diffusion
+from .config import ConfigError, RunConfig, build_diffusion
 from .data import ShuffledBatches, batches, fingerprint, open_data
 from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
 from .graphed_step import GraphedStep
+from .optimization import ema_decay, lr_factor, make_optimizer, set_lr, update_average
 from .pictures import save_grid, save_loss
 from .precision import autocast, chosen
-from .run import Run, RunError, load_run, pick_device, sample_batches
+from .run import Run, RunError, load_run, pick_device, sample_batches, weights_of
 from .signals import Stopped, deferred_signals
 
 STEP = 1  # what the seed is used for: everything that a step draws except the noise
@@ -208,8 +209,8 @@ class Trainer:
         checkpoint.save(
             self.folder,
             self.progress.step,
-            model=self.diffusion.model,
-            ema=self.ema.module.model,
+            model=weights_of(self.diffusion),
+            ema=weights_of(self.ema.module),
             optimizer=self.optimizer,
             state=state,
         )
@@ -229,8 +230,8 @@ class Trainer:
         steps, first = self.config.training.steps, state["step"]
         if first > steps:
             raise RunError(f"{self.folder} has taken {first} steps already, and training.steps is {steps}")
-        checkpoint.load_weights(newest, "model", self.diffusion.model)
-        checkpoint.load_weights(newest, "ema", self.ema.module.model)
+        checkpoint.load_weights(newest, "model", weights_of(self.diffusion))
+        checkpoint.load_weights(newest, "ema", weights_of(self.ema.module))
         checkpoint.load_optimizer(newest, self.optimizer)
         # What `auto` chooses may be another on this device.
         self._set_precision(state["precision"] or state["config"]["training"]["precision"])
@@ -295,58 +296,6 @@ class Trainer:
                     self.read_losses()
                 self.save()
             raise
-
-
-def make_optimizer(diffusion: GaussianDiffusion, c: TrainingConfig) -> torch.optim.Optimizer:
-    """On a GPU, the learning rate is a tensor, which a captured step reads."""
-    on_gpu = diffusion.device.type == "cuda"
-    return torch.optim.AdamW(
-        diffusion.model.parameters(),
-        lr=torch.full((), c.lr, device=diffusion.device) if on_gpu else c.lr,
-        betas=c.betas,
-        weight_decay=c.weight_decay,
-        fused=True,
-        capturable=on_gpu,
-    )
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
-def ema_decay(step: int, c: TrainingConfig) -> float:
-    """The decay of the average at a step, counted from 0.
-
-    It rises to the configured one, so that the average of a short run does not consist of its initial weights.
-    """
-    return min(c.ema_decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def update_average(average: AveragedModel, module: nn.Module, decay: float) -> None:
-    """average = decay average + (1 - decay) weights; a decay of 0 copies the weights.
-
-    `AveragedModel.update_parameters` copies a number to the GPU in every call, for which the host waits. It copies all
-    buffers as well: those of a GaussianDiffusion around a `UNet` never change.
-    """
-    averages, weights = list(average.module.parameters()), list(module.parameters())
-    if decay == 0:
-        torch._foreach_copy_(averages, weights)
-    else:
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-    average.n_averaged += 1
-
-
-def lr_factor(step: int, c: TrainingConfig) -> float:
-    """What the learning rate is multiplied by at a step, counted from 0."""
-    factor = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
-    if c.cosine_decay:
-        factor *= 0.5 * (1 + math.cos(math.pi * step / c.steps))
-    return factor
 
 
 def _flip_half(images: Tensor) -> Tensor:
