@@ -179,10 +179,10 @@ class GaussianDiffusion(ImageEditing):
             t: (N,), int64, in [0, T).
             noise: eps; drawn as stream 0 of `seed` if None.
             offset_noise_strength: None for the module's own.
-            loss_reduction: mean, or none for the loss of each sample, (N,).
+            loss_reduction: mean; none for the loss of each sample, (N,); or share for what each adds to the mean, (N,).
             model_kwargs: further arguments of the network.
         """
-        checks.choice("loss_reduction", loss_reduction, ("mean", "none"))
+        checks.choice("loss_reduction", loss_reduction, ("mean", "none", "share"))
         self._check_start(x_start, t, noise)
         source = self.noise_source(x_start, seed, sample_offset)
         # An overridden method is given what it is given in denoising_diffusion_pytorch: tensors.
@@ -206,15 +206,15 @@ class GaussianDiffusion(ImageEditing):
                 x_self_cond = self.model_predictions(x, t, **if_any(model_kwargs))[1]
 
         prediction = self.predict(x, t, x_self_cond, model_kwargs)
+        each, parts = ("none", 1) if loss_reduction == "none" else ("share", len(x_start))
         if self.loss_type == "kl":
-            bits = self._bits_of_bound(x_start, x, t, prediction) * self.num_timesteps
-            return bits.mean() if loss_reduction == "mean" else bits
-        simple = self._simple_loss(prediction.pred, t, x_start, noise, eps, loss_reduction)
-        if self.loss_type != "hybrid":
-            return simple
-        detached = prediction._replace(pred=prediction.pred.detach())
-        bits = self._bits_of_bound(x_start, x, t, detached) * (self.num_timesteps / 1000)
-        return simple + (bits.mean() if loss_reduction == "mean" else bits)
+            losses = self._bits_of_bound(x_start, x, t, prediction) * self.num_timesteps / parts
+        else:
+            losses = self._simple_loss(prediction.pred, t, x_start, noise, eps, each)
+        if self.loss_type == "hybrid":
+            detached = prediction._replace(pred=prediction.pred.detach())
+            losses = losses + self._bits_of_bound(x_start, x, t, detached) * (self.num_timesteps / 1000) / parts
+        return losses.sum() if loss_reduction == "mean" else losses
 
     def _simple_loss(
         self, pred: Tensor, t: Tensor, x_start: Tensor, noise: Tensor | None, eps: dict[str, Tensor], reduction: str
@@ -276,7 +276,7 @@ class GaussianDiffusion(ImageEditing):
             noise: eps; drawn if None.
             offset_noise_strength: None for the module's own.
             times: (N,), int64; drawn uniformly from [0, T) if None.
-            loss_reduction: mean, or none for the loss of each sample, (N,).
+            loss_reduction: mean; none for the loss of each sample, (N,); or share for what each adds to the mean, (N,).
             seed: of the noise; None draws one from PyTorch's default generator.
             sample_offset: index of the first image in the whole (global) batch; an int64 tensor of shape () on the
                 device is not read by the host.

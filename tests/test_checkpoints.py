@@ -33,7 +33,7 @@ def resume(folder, steps=16, **changes):
 
 def sign(path: Path) -> None:
     """Writes the checksums of a checkpoint anew, so that a changed file gets past them."""
-    names = ("state.json", "model.safetensors", "ema.safetensors", "optimizer.pt")
+    names = ("state.json", "model.safetensors", "ema.safetensors", "optimizer.pt", "timesteps.safetensors")
     lines = [f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (path / "SHA256SUMS").write_text("".join(lines))
 
@@ -100,8 +100,8 @@ def test_a_folder_with_an_unfinished_first_checkpoint_is_free(tmp_path):
 def save(folder, step=16, net=None, optimizer=None):
     net = net or build_diffusion(small()).model
     optimizer = optimizer or torch.optim.AdamW(net.parameters())
-    state = {"config": {}}
-    return checkpoint.save(folder, step, model=net.state_dict(), ema=net.state_dict(), optimizer=optimizer, state=state)
+    tensors = {"model": net.state_dict(), "ema": net.state_dict(), "timesteps": {}}
+    return checkpoint.save(folder, step, **tensors, optimizer=optimizer, state={"config": {}})
 
 
 def test_a_learning_rate_that_is_a_tensor_is_saved_as_a_number(tmp_path):
@@ -193,7 +193,8 @@ def test_a_disk_that_fills_while_saving_is_one_line(tmp_path):
         "for limit in (1 << 12, 1 << 15):  # less than the weights, and more than those but less than the moments\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
         "    try:\n"
-        "        checkpoint.save(Path(sys.argv[1]), 1, model=weights, ema=weights, optimizer=optimizer, state={})\n"
+        "        tensors = {'model': weights, 'ema': weights, 'timesteps': {}}\n"
+        "        checkpoint.save(Path(sys.argv[1]), 1, **tensors, optimizer=optimizer, state={})\n"
         "    except checkpoint.CheckpointError as error:\n"
         "        print(error)\n"
     )
@@ -274,7 +275,7 @@ def test_the_checksums_are_those_of_sha256sum(folder):
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     result = subprocess.run(command, cwd=folder / "checkpoints" / NEWEST, capture_output=True, text=True)
     assert result.returncode == 0
-    assert len(result.stdout.splitlines()) == 4
+    assert len(result.stdout.splitlines()) == 5
 
 
 def test_checksums_that_were_deleted_are_missed(folder):
@@ -313,10 +314,10 @@ def test_a_state_that_is_not_one_is_named(folder, content, reason):
 
 def test_a_checkpoint_of_a_later_format_is_refused(folder):
     path = folder / "checkpoints" / NEWEST
-    state = json.loads((path / "state.json").read_text()) | {"format": 3}
+    state = json.loads((path / "state.json").read_text()) | {"format": 4}
     (path / "state.json").write_text(json.dumps(state))
     sign(path)
-    with pytest.raises(CheckpointError, match=r"later version of ddpm_fast \(format 3, known: 2\)"):
+    with pytest.raises(CheckpointError, match=r"later version of ddpm_fast \(format 4, known: 3\)"):
         load_run(folder)
 
 
@@ -361,7 +362,7 @@ def change_moments(change):
         (change_moments(lambda m: m.update(exp_avg=m["exp_avg"].double())), "torch.float64, needed .* torch.float32"),
         (change_moments(lambda m: m.update(exp_avg=m["exp_avg"].to_sparse())), "(0.exp_avg is|sparse)"),
         (change_moments(lambda m: m.update(step=7)), "0.step is int"),
-        (change_moments(lambda m: m["step"].zero_()), "0.step is below what it can be"),
+        (change_moments(lambda m: m["step"].fill_(-1)), "0.step is below what it can be"),
         (change_moments(lambda m: m["exp_avg_sq"].fill_(-1)), "0.exp_avg_sq is below what it can be"),
         (change_moments(lambda m: m["exp_avg"].fill_(torch.inf)), "0.exp_avg is not finite"),
         (change_moments(lambda m: m.pop("exp_avg")), "0.exp_avg is missing"),

@@ -28,7 +28,7 @@ def fitted(gradient, like):
     return None if gradient is None else gradient.sum_to_size(like.shape).to(like.dtype)
 
 
-def backward(loss, *_, **__):
+def backward(loss, gradient=None, *_, **__):
     """As torch.autograd.backward, whose engine looks for a stream of the GPU and does not find one."""
     waiting, nodes = Counter(), [loss.grad_fn]  # how many gradients a node waits for
     for node in nodes:
@@ -36,7 +36,9 @@ def backward(loss, *_, **__):
             waiting[following] += 1
             if following is not None and waiting[following] == 1:
                 nodes.append(following)
-    gradients = defaultdict(dict, {loss.grad_fn: {loss.output_nr: torch.ones_like(loss)}})
+    gradients = defaultdict(
+        dict, {loss.grad_fn: {loss.output_nr: torch.ones_like(loss) if gradient is None else gradient}}
+    )
     ready = [loss.grad_fn]
     with torch.no_grad():
         for node in ready:
@@ -58,22 +60,30 @@ def backward(loss, *_, **__):
                     ready.append(following)
 
 
+def gradients_of(outputs, leaves, gradient, create_graph):
+    """As torch.autograd.grad, of leaves that have no gradient yet."""
+    backward(outputs, gradient)
+    return [x.grad for x in leaves]
+
+
 @pytest.fixture
 def steps_on_a_gpu(tmp_path, monkeypatch):
     """A function that takes two steps of a run there, and returns the ops of each."""
     monkeypatch.setenv("DDPM_FAST_GRAPHS", "0")
     monkeypatch.setattr(trainer, "derive_seed", lambda *numbers: 1)  # reads tensors of the CPU
     monkeypatch.setattr(torch.autograd, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "grad", gradients_of)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
-    def take(precision, grad_clip=1.0):
-        config = small(training__precision="fp32", training__grad_clip=grad_clip)
+    def take(precision, **changes):
+        config = small(training__precision="fp32", **changes)
         run = trainer.Trainer(config, tmp_path / "run")
         found = []
         with FakeTensorMode(allow_non_fake_inputs=True):
             on_a_gpu(run.diffusion)
-            on_a_gpu(run.ema.module)
+            for module in (run.ema.module, run.timestep_losses, run.timestep_sampler):
+                on_a_gpu(module)
             run.device = torch.device("cuda")
             run._sample_offset = torch.empty((), dtype=torch.int64, device="cuda")
             run.optimizer = torch.optim.AdamW(optimization.parameter_groups(run.diffusion), fused=True, capturable=True)
@@ -97,14 +107,33 @@ def steps_on_a_gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_training_step_never_waits_for_the_device_and_sends_it_the_images_alone(steps_on_a_gpu, precision, grad_clip):
     # An op that has to wait for a value raises on such tensors.
-    for ops in steps_on_a_gpu(precision, grad_clip):
+    for ops in steps_on_a_gpu(precision, training__grad_clip=grad_clip):
         assert ops.across == ["aten._to_copy.default"]
         assert not [op for op in ops.computing if "item" in op or "_local_scalar_dense" in op or "lift" in op]
         counts = Counter(ops.computing)
         assert counts["aten.convolution_backward.default"] == counts["aten.convolution.default"] > 0
         assert counts["aten._fused_adamw_.tensor_lr"] == 1
-        assert (counts["aten.linalg_vector_norm.default"] > 1) == (grad_clip is not None)
+        # Without clipping, the norm says whether the gradients are finite, unless a scaler finds that out.
+        assert (counts["aten.linalg_vector_norm.default"] > 1) == (grad_clip is not None or precision != "fp16")
         assert (counts["aten._to_copy.default"] > 10) == (precision != "fp32")  # weights, cast by autocast
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__timestep_sampling": "loss_second_moment"},
+        {"diffusion__variance": "learnable"},
+        {"diffusion__variance": "learned_range"},
+    ],
+    ids=str,
+)
+def test_neither_samplers_of_timesteps_nor_learned_variances_wait_for_the_device(steps_on_a_gpu, changes):
+    for ops in steps_on_a_gpu("fp32", **changes):
+        assert ops.across == ["aten._to_copy.default"]
+        assert not [op for op in ops.computing if "item" in op or "_local_scalar_dense" in op or "lift" in op]
+        # The losses by timestep are added by a sort of the timesteps, and not by atomic additions in any order.
+        assert not [op for op in ops.computing if "index_add" in op or "scatter" in op or "bincount" in op]
+        assert Counter(ops.computing)["aten.cumsum.default"] == ("training__timestep_sampling" in changes)
 
 
 def test_the_average_takes_one_op(steps_on_a_gpu):

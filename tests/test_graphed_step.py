@@ -243,6 +243,92 @@ def test_a_loss_stays_what_it_was(captures):
     assert all(p.grad is None for p in case.model.parameters())
 
 
+class Told(Case):
+    """Its loss returns that of each sample too, and `after` adds them up."""
+
+    def __init__(self, clip=0.5, optimizer=torch.optim.AdamW, **how):
+        super().__init__(**how)
+        if optimizer is not torch.optim.AdamW:
+            self.optimizer = optimizer(self.model.parameters(), lr=0.1)
+        self.sums = torch.zeros(4)
+        self.step = GraphedStep(self.loss, self.optimizer, clip=clip, after=self.add)
+
+    def loss(self, x, y):
+        each = (self.model(x + 0.1 * torch.randn_like(x)) - y).square().mean(1)
+        size = (x[0, 0] * self.model[0].weight[0, 0]).square().sqrt()  # whose gradient is NaN at 0
+        return each.mean() + size, each, x[:, 0]
+
+    def add(self, loss, each, first):
+        assert not torch.is_grad_enabled()
+        self.sums += each
+
+    def take(self, bad=None):
+        x = torch.randn(4, 3)
+        if bad == "loss":
+            x[1] = torch.nan
+        if bad == "gradients":
+            x[0, 0] = 0
+        return self.step(x, torch.rand(4, 2))
+
+
+def test_further_tensors_are_returned_and_what_may_not_be_repeated_is_done_once(captures, without):
+    def run():
+        case = Told()
+        found = [case.take() for _ in range(6)]
+        assert not any(x.requires_grad for returned in found for x in returned)
+        torch.testing.assert_close(case.sums, sum(each for _, each, _ in found))
+        return [*(x for returned in found for x in returned), case.sums, *case.state(), torch.rand(2)]
+
+    found = run()
+    assert len(captures) == 1
+    assert all(map(torch.equal, found, without(run)))
+
+
+@pytest.mark.parametrize("clip", [0.5, None])
+@pytest.mark.parametrize("bad", ["loss", "gradients"])
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_a_step_that_is_not_finite_changes_nothing_and_says_so(captures, without, clip, bad, first):
+    def run():
+        case, found = Told(clip), []
+        for k in range(6):
+            before = [x.detach().clone() for x in case.state()]
+            loss, *_ = case.take(bad if k == first else None)
+            found += [loss.clone(), case.step.skipped.clone()]
+            assert case.step.skipped == (k == first)
+            if k == first:
+                # In the first step, the optimizer makes its moments: they are zero.
+                assert all(map(torch.equal, case.state()[: len(before)], before))
+                assert all(x.isfinite().all() for x in case.state())
+                assert loss.isfinite() == (bad == "gradients")
+            else:
+                assert not all(map(torch.equal, [*case.model.parameters()], before))
+            assert all(p.grad is None for p in case.model.parameters())
+            assert not hasattr(case.optimizer, "found_inf")
+        return found + case.state()
+
+    found = run()
+    assert len(captures) == 1
+    assert all(torch.equal(*map(torch.nan_to_num, pair)) for pair in zip(found, without(run), strict=True))
+
+
+def test_an_optimizer_that_cannot_skip_takes_every_step():
+    case = Told(optimizer=torch.optim.Adagrad)
+    case.take("loss")
+    assert case.step.skipped == 0
+    assert case.model[0].weight.isnan().any()
+
+
+def test_a_scaler_decides_alone_which_steps_are_skipped():
+    case = Told()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    case.step = GraphedStep(case.loss, case.optimizer, clip=0.5, scaler=scaler)
+    before = [p.detach().clone() for p in case.model.parameters()]
+    case.take("loss")
+    assert case.step.skipped == 0
+    assert scaler.get_scale() == 2.0
+    assert all(map(torch.equal, case.model.parameters(), before))
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [({"lr": 0.1}, "the learning rate is a number"), ({"capturable": False}, "give it capturable=True")],

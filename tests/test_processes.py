@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
         model=weights_of(diffusion),
         ema=weights_of(diffusion),
         optimizer=trainer.make_optimizer(diffusion, config.training),
+        timesteps={},
         state={"config": config.model_dump(mode="json")},
     )
     return folder

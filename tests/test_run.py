@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_runs import finished, small, weights, without_curve  # noqa: F401  (fixtures)
+from training_runs import assert_same_weights, finished, small, weights, without_curve  # noqa: F401  (fixtures)
 
 from ddpm_fast.app import demo
 from ddpm_fast.app.generate import write_samples
@@ -94,14 +94,15 @@ def test_samples_that_are_not_finite_are_an_error_and_no_black_picture(tmp_path)
             write_samples(result, tmp_path / out, n=4)
     with pytest.raises(RunError, match=message):
         write_pictures(result, n=4)
-    assert {path.name for path in tmp_path.rglob("*.png")} == {"loss.png"}
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"loss.png", "loss_by_timestep.png"}
 
 
 def test_a_run_whose_weights_overflow_names_the_last_good_checkpoint_again_and_again(tmp_path):
     config = small(training__lr=1e30, training__save_every=1)
     advice = "the last good checkpoint is step-00000001: lower training.lr or training.grad_clip and go on from it"
     for resume in (False, True):
-        with pytest.raises(RunError, match=f"the loss is (nan|inf) at step 2; {advice}"):
+        told = "the loss is (nan|inf) at step 11, and the last 10 updates are skipped"
+        with pytest.raises(RunError, match=f"{told}; {advice}"):
             trainer.train(config, tmp_path / "run", resume=resume)
         assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
@@ -115,10 +116,91 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_advice_works(tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.GaussianDiffusion, "forward", broken)
-        with pytest.raises(RunError, match="the loss is nan at step 8; the last good checkpoint is step-00000004"):
-            trainer.train(small(training__steps=2000), folder)  # before the checkpoint, in the middle of a window
+        config = small(training__steps=2000, training__max_skipped=1)  # read in the middle of a window
+        with pytest.raises(RunError, match="the loss is nan at step 7; the last good checkpoint is step-00000004"):
+            trainer.train(config, folder)
     assert all(tensor.isfinite().all() for tensor in weights(folder, "model").values())
     assert trainer.train(small(training__lr=1e-5), folder, resume=True).metrics["steps"] == 12
+
+
+def broken_in(patch, *steps, how=float("nan"), samples=slice(None)):
+    """The losses of some samples in some steps, counted from 1, are not finite."""
+    forward = trainer.GaussianDiffusion.forward
+
+    def broken(self, images, **arguments):
+        losses = forward(self, images, **arguments)
+        factor = torch.ones_like(losses)
+        if int(arguments["sample_offset"]) // len(images) + 1 in steps:
+            factor[samples] = how
+        return losses * factor
+
+    patch.setattr(trainer.GaussianDiffusion, "forward", broken)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_told(tmp_path, monkeypatch, capsys, precision):
+    config = small(training__save_every=1, training__precision=precision, training__ema_decay=0.0)
+    broken_in(monkeypatch, 3, 4, samples=1)
+    times, sample = [], trainer.TimestepLosses.add
+    monkeypatch.setattr(trainer.TimestepLosses, "add", lambda self, t, x: (times.append(t), sample(self, t, x)))
+    result = trainer.train(config, tmp_path / "run")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert told == [
+        f"step {step}: the loss is nan at the timesteps {times[step - 1][1]}; the update is skipped" for step in (3, 4)
+    ]
+    assert result.metrics["skipped_steps"] == 2
+    assert result.metrics["steps"] == 12
+    assert [step for step, _ in result.metrics["history"]] == [1, 2, *range(5, 13)]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_steps"] == 2
+    state = checkpoint.load_state(checkpoint.latest(tmp_path / "run"))
+    assert (state["skipped_steps"], state["skipped_in_a_row"]) == (2, 0)
+    moments = torch.load(checkpoint.latest(tmp_path / "run") / "optimizer.pt", weights_only=True)["state"]
+    assert moments[0]["step"] == 10
+
+
+def test_a_gradient_that_is_not_finite_is_told_as_such(tmp_path, monkeypatch, capsys):
+    forward = trainer.GaussianDiffusion.forward
+
+    def broken(self, images, **arguments):
+        losses = forward(self, images, **arguments)
+        if arguments["sample_offset"] == 4 * 4:
+            losses.register_hook(lambda gradient: gradient * torch.inf)
+        return losses
+
+    monkeypatch.setattr(trainer.GaussianDiffusion, "forward", broken)
+    result = trainer.train(small(training__precision="fp32"), tmp_path / "run")
+    assert "step 5: the norm of the gradients is not finite at the timesteps " in capsys.readouterr().out
+    assert result.metrics["skipped_steps"] == 1
+
+
+def test_no_checkpoint_is_saved_while_steps_are_skipped(tmp_path, monkeypatch):
+    """The weights may be at fault, and they would take the place of those that were not."""
+    saved, save = [], trainer.Trainer.save
+    monkeypatch.setattr(trainer.Trainer, "save", lambda self: (saved.append(self.progress.step), save(self)))
+    broken_in(monkeypatch, 4, 5, 8, 12)
+    trainer.train(small(), tmp_path / "run")
+    assert saved == [6, 9, 12]  # the last step is saved in any case
+
+
+def test_steps_that_are_skipped_in_a_row_are_counted_over_a_stop(tmp_path, monkeypatch):
+    broken_in(monkeypatch, *range(3, 9))
+    for steps in (4, 6):
+        trainer.train(small(training__steps=steps), tmp_path / "run", resume=steps > 4)
+        assert checkpoint.load_state(checkpoint.latest(tmp_path / "run"))["skipped_in_a_row"] == steps - 2
+    with pytest.raises(RunError, match="the loss is nan at step 7, and the last 5 updates are skipped"):
+        trainer.train(small(training__max_skipped=5), tmp_path / "run", resume=True)
+    result = trainer.train(small(training__max_skipped=7), tmp_path / "run", resume=True)
+    assert result.metrics["skipped_steps"] == 6
+
+
+def test_a_resumed_run_with_skipped_steps_is_the_one_that_was_not_interrupted(tmp_path, monkeypatch):
+    broken_in(monkeypatch, 1, 2, 7)
+    whole = trainer.train(small(), tmp_path / "whole")
+    trainer.train(small(training__steps=1), tmp_path / "run")  # with moments that have taken no step
+    result = trainer.train(small(), tmp_path / "run", resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    for key in ("history", "loss_by_timestep", "skipped_steps"):
+        assert result.metrics[key] == whole.metrics[key]
 
 
 def test_an_update_that_leaves_weights_that_are_not_finite_is_not_saved(tmp_path, monkeypatch):

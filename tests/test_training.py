@@ -21,6 +21,7 @@ def test_a_run_leaves_what_it_promises(finished):  # noqa: F811
     folder = finished.folder
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.json", "checkpoints", "previews", "samples.png", "denoising.png", "loss.png",
+        "loss_by_timestep.png",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
     assert sorted(p.name for p in (folder / "previews").iterdir()) == ["step-00000005.png", "step-00000010.png"]
@@ -32,6 +33,8 @@ def test_a_run_leaves_what_it_promises(finished):  # noqa: F811
     assert metrics["images_per_second"] > 0
     assert {"ddpm_fast", "python", "torch"} <= set(metrics["versions"])
     assert [step for step, _ in metrics["history"]] == list(range(1, 13))
+    assert metrics["skipped_steps"] == 0
+    assert {t for t, _ in metrics["loss_by_timestep"]} <= set(range(10))
     with Image.open(folder / "denoising.png") as picture:
         assert picture.size == ((11 * 9 + 1) * 6, (8 * 9 + 1) * 6)  # 11 columns, 8 rows, enlarged six times
 

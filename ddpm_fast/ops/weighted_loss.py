@@ -13,7 +13,7 @@ from .transforms import by_reference_backward
 
 __all__ = ["weighted_loss"]
 
-REDUCTIONS = ("none", "mean")
+REDUCTIONS = ("none", "mean", "share")
 
 
 class WeightedLossArguments(NamedTuple):
@@ -82,11 +82,12 @@ def weighted_loss(
         noise: eps, the shape of pred, floating; or
         keys: a key for each sample, (N, 2) int64, from which eps is made again; neither where q is 0.
         loss_type: `l2`: e^2; `l1`: |e|; `huber`: e^2 / 2 up to |e| = 1, |e| - 1/2 above.
-        reduction: none, or mean over the samples.
+        reduction: none; mean over the samples; or share, what each sample adds to the mean: the sum of the shares and
+            its gradient are those of the mean, bit for bit.
 
     Returns:
-        The loss of each sample, (N,), or their mean, (); float32 (float64 for float64 data). Sums are in float32 and in
-        an order that depends on the sample's size alone.
+        The loss of each sample or its share, (N,), or their mean, (); float32 (float64 for float64 data). Sums are in
+        float32 and in an order that depends on the sample's size alone.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown name, or no target at all.
@@ -115,7 +116,7 @@ def weighted_loss(
     with_grad = pred.dtype != torch.float16 and needs_grad(pred)
     index = LOSS_TYPES.index(loss_type)
     loss, _ = function(*WeightedLossArguments(pred, x_start, noise, keys, t, rows, None, index, scale, with_grad))
-    return loss if reduction == "none" else loss.sum()
+    return loss.sum() if reduction == "mean" else loss
 
 
 def _reference(pred, x_start, noise, keys, t, rows, upstream, loss_type, scale, with_grad):

@@ -1,11 +1,12 @@
 """Checkpoints: folders that are complete or absent.
 
     RUN/checkpoints/step-00005000/
-        model.safetensors  ema.safetensors  optimizer.pt  state.json  SHA256SUMS
+        model.safetensors  ema.safetensors  optimizer.pt  timesteps.safetensors  state.json  SHA256SUMS
 
-Weights are safetensors, the optimizer's moments are tensors that load with weights_only=True, the rest is JSON:
-loading a file cannot run code. `sha256sum --check SHA256SUMS` verifies a checkpoint, and so does every load;
-checkpoints of versions that wrote no checksums still load.
+Weights and the losses by timestep are safetensors, the optimizer's moments are tensors that load with
+weights_only=True, the rest is JSON: loading a file cannot run code. `sha256sum --check SHA256SUMS` verifies a
+checkpoint, and so does every load; checkpoints of versions that wrote no checksums, or no losses by timestep, still
+load.
 
 A checkpoint is written under a temporary name, flushed to the disk, read back and renamed. Only then are older ones
 deleted, all but the last two. A folder belongs to the run only if it has exactly the name of a checkpoint and its
@@ -41,10 +42,10 @@ from torch import Tensor
 from .files import flush, write_text
 
 KEEP = 2
-FORMAT = 2  # 1: without checksums
+FORMAT = 3  # 1: without checksums; 2: without timesteps.safetensors
 LARGEST_STATE = 1 << 26  # bytes of state.json; two million points of the loss
 SUMS = "SHA256SUMS"
-CONTENT = ("state.json", "model.safetensors", "ema.safetensors", "optimizer.pt")
+CONTENT = ("state.json", "model.safetensors", "ema.safetensors", "optimizer.pt", "timesteps.safetensors")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 LOWER_RATE = "lower training.lr or training.grad_clip"
 
@@ -74,6 +75,8 @@ class _State(BaseModel):
     data: str | None = None
     history: list[tuple[int, float]] = []
     recent: list[float] = []
+    skipped_steps: int = Field(0, ge=0)
+    skipped_in_a_row: int = Field(0, ge=0)
     seconds: float = Field(0.0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # checkpoints from before it could be `auto` have none
     scaler: _Scaler | None = None
@@ -148,19 +151,21 @@ def save(
     model: Mapping[str, Tensor],
     ema: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    timesteps: Mapping[str, Tensor],
     state: dict[str, Any],
 ) -> Path:
     """Writes RUN/checkpoints/step-*, then deletes all but the last two checkpoints.
 
     Args:
         model, ema: the weights and their average, by name.
+        timesteps: what the run knows of the losses at its timesteps, by name.
         state: what else to keep, as JSON.
 
     Raises:
         CheckpointError: a weight or moment is not finite, or the files cannot be written. What was there before is
             still there, and nothing else.
     """
-    weights = {"model": _on_cpu(model), "ema": _on_cpu(ema)}
+    weights = {"model": _on_cpu(model), "ema": _on_cpu(ema), "timesteps": _on_cpu(timesteps)}
     moments = {key: _on_cpu(values) for key, values in optimizer.state_dict()["state"].items()}
     for kind, tensors in (*weights.items(), *(("optimizer", values) for values in moments.values())):
         if name := _not_finite(tensors):
@@ -273,7 +278,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(checkpoint: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copies what was saved as `model` or `ema` into tensors of the same names.
+    """Copies what was saved as `model`, `ema` or `timesteps` into tensors of the same names.
 
     Raises:
         CheckpointError: the file is missing or damaged, or its tensors have other names, shapes or dtypes than those
@@ -285,7 +290,7 @@ def load_weights(checkpoint: Path, name: str, tensors: Mapping[str, Tensor]) -> 
         found = safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from None
-    _check_tensors(path, found, tensors, "not the weights of the network in state.json")
+    _check_tensors(path, found, tensors, "not the tensors of the run in state.json")
     with torch.no_grad():
         for key, tensor in tensors.items():
             tensor.copy_(found[key])
@@ -308,7 +313,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     found = _load_moments(path, room=2 * sum(tensor.nbytes for tensor in wanted.values()) + 4096 * (len(wanted) + 1))
     _check_tensors(path, found, wanted, "not the moments of the network in state.json")
     for name, tensor in found.items():
-        if (tensor < (1 if name.endswith("step") else 0)).any() and not name.endswith("exp_avg"):
+        if (tensor < 0).any() and not name.endswith("exp_avg"):
             raise _damaged(path, f"{name} is below what it can be")
         wanted[name].copy_(tensor)  # in the memory format of the parameter, as the fused update needs it
     state = {i: {key: wanted[f"{i}.{key}"] for key in MOMENTS} for i in parameters}

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from .. import loss_weights, parameterization, samplers, schedules, variances
 from ..diffusion import LOSS_TYPES, GaussianDiffusion
 from ..nn.unet import UNet
+from ..timestep_sampling import TIMESTEP_SAMPLERS
 
 
 class ConfigError(ValueError):
@@ -138,6 +139,12 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float | None = Field(1.0, gt=0, description="upper bound of the gradient's norm")
     ema_decay: float = Field(0.9999, ge=0, lt=1)
+    timestep_sampling: Annotated[str, _name_in(TIMESTEP_SAMPLERS)] = Field(
+        "uniform", description="how timesteps are drawn; loss_second_moment: those with large losses more often"
+    )
+    max_skipped: int = Field(
+        10, gt=0, description="the training stops after so many steps in a row whose loss or gradient is not finite"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the network's computation; weights are fp32; auto: bf16 where the device computes in it"
     )

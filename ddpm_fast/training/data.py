@@ -39,8 +39,8 @@ from .loading import ShuffledBatches, batches
 NOT_DATA = ("$RECYCLE.BIN", "@eaDir", "__MACOSX")  # created by Windows, Synology and macOS; they hold copies of images
 # What a training run writes into its folder.
 OF_A_RUN = {
-    "checkpoints", "config.json", "denoising.png", "likelihood.json", "likelihood.png", "loss.png", "metrics.json",
-    "previews", "samples.png",
+    "checkpoints", "config.json", "denoising.png", "likelihood.json", "likelihood.png", "loss.png",
+    "loss_by_timestep.png", "metrics.json", "previews", "samples.png",
 }  # fmt: skip
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_MAX_RATIO = 1032  # DEFLATE represents at most 258 bytes by two bits

@@ -29,6 +29,7 @@ FREE = {
     "training.warmup",
     "training.cosine_decay",
     "training.grad_clip",
+    "training.max_skipped",
     "training.save_every",
     "training.sample_every",
     "training.workers",

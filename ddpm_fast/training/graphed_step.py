@@ -39,69 +39,104 @@ class GraphedStep:
     So does everything on a CPU, or with the environment variable DDPM_FAST_GRAPHS=0. For a capture, the loss and its
     gradients are computed twice more, without an update: buffers that the loss writes to are written to twice more.
 
+    A step whose loss or gradients are not finite is skipped: weights, moments and the number of steps stay as they are,
+    bit for bit. The host does not wait to find this out: the optimizer's kernel reads it on the device. Fused
+    optimizers of PyTorch can do so; others take every step. An enabled scaler alone decides which steps it skips.
+
     Args:
-        loss: from the arguments of a step, on the device of the parameters, to the loss, a tensor of shape ().
+        loss: from the arguments of a step, on the device of the parameters, to the loss, a tensor of shape (), or to a
+            tuple of it and further tensors.
         optimizer: of all parameters, on one device. Their gradients are None before and after a step.
         clip: an upper bound of the norm of all gradients together; None for none.
         scaler: scales the gradients of a float16 loss.
+        after: called at the end of each step with what the loss returned, without gradients. What may not be repeated,
+            such as a sum over the steps, belongs here: it works on the same tensors of the device in every call, and
+            never waits for it.
+
+    Attributes:
+        skipped: whether the last step was not taken, 1 or 0, a float32 tensor of shape () on the device.
     """
 
     def __init__(
         self,
-        loss: Callable[..., Tensor],
+        loss: Callable[..., Tensor | tuple[Tensor, ...]],
         optimizer: torch.optim.Optimizer,
         *,
         clip: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        after: Callable[..., None] | None = None,
     ) -> None:
-        self.loss, self.optimizer, self.clip = loss, optimizer, clip
+        self.loss, self.optimizer, self.clip, self.after = loss, optimizer, clip, after
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
         self._refused = False  # whether the step could not be captured
         self._before: Hashable = None  # the form of the step before
         self._captured: Hashable = None  # the form of the step that was captured
         self._inputs: list[Tensor] = []  # the tensors that the graph reads and writes
-        self._result: Tensor | None = None
+        self._results: tuple[Tensor, ...] = ()  # of a step, in the graph
         self._replay: Callable[[], None] | None = None
+        self.skipped: Tensor | None = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Takes a step.
 
         Args:
             inputs: the arguments of the loss, on any device; copied from pinned memory without waiting.
 
         Returns:
-            The loss, without a gradient.
+            What the loss returned, without gradients.
         """
         parameters = self._parameters()
         device = parameters[0].device
         if self._refused or not cuda_graph.enabled(parameters[0]):
-            return self._take([x.to(device, non_blocking=True) for x in inputs])
+            return self._told(self._take([x.to(device, non_blocking=True) for x in inputs]))
         form = self._form(inputs)
         if form == self._before and form != self._captured:
             self._capture(inputs, form, device)
         if form != self._captured:
-            loss = self._take([x.to(device, non_blocking=True) for x in inputs])
+            results = self._take([x.to(device, non_blocking=True) for x in inputs])
             self._before = self._form(inputs)  # not before, since the first step makes the optimizer's tensors
-            return loss
+            return self._told(results)
         for static, x in zip(self._inputs, inputs, strict=True):
             static.copy_(x, non_blocking=True)
         self._replay()
         self._before = form
-        return self._result.clone()  # the next replay writes to it
+        return self._told(tuple(x.clone() for x in self._results))  # the next replay writes to them
+
+    def _told(self, results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """What a step returns."""
+        self.skipped, *returned = results
+        return returned[0] if len(returned) == 1 else tuple(returned)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _take(self, inputs: list[Tensor]) -> Tensor:
-        loss = self.loss(*inputs)
-        self.scaler.scale(loss).backward()
+    def _take(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """Takes a step launch by launch. Returns `skipped`, and what the loss returned."""
+        returned = _as_tuple(self.loss(*inputs))
+        self.scaler.scale(returned[0]).backward()
+        returned = tuple(x.detach() for x in returned)
+        loss, skipped = returned[0], torch.zeros((), device=returned[0].device)
+        skips = not self.scaler.is_enabled() and getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        norm = None
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip)
-        self.scaler.step(self.optimizer)  # left out where a scaled gradient is too large for float16
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip)
+        elif skips:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
+        if skips:
+            skipped = (~(loss.isfinite() & norm.isfinite())).float()
+            self.optimizer.found_inf = skipped  # as a GradScaler does
+        try:
+            self.scaler.step(self.optimizer)  # left out where a scaled gradient is too large for float16
+        finally:
+            if skips:
+                del self.optimizer.found_inf
         self.scaler.update()
         self.optimizer.zero_grad()
-        return loss.detach()
+        if self.after is not None:
+            with torch.no_grad():
+                self.after(*returned)
+        return skipped, *returned
 
     def _form(self, inputs: tuple[Tensor, ...]) -> Hashable:
         """What a graph takes from its inputs, its parameters and the optimizer."""
@@ -122,14 +157,15 @@ class GraphedStep:
 
     def _capture(self, inputs: tuple[Tensor, ...], form: Hashable, device: torch.device) -> None:
         """Captures a step of this form, without taking one; or warns, and nothing has changed."""
-        self._captured = self._replay = self._result = None  # frees the graph before
+        self._captured = self._replay = None  # frees the graph before
+        self._results = ()
 
         def loss_and_gradients() -> None:
-            self.loss(*self._inputs).backward()
+            _as_tuple(self.loss(*self._inputs))[0].backward()
             self.optimizer.zero_grad()
 
         def step() -> None:
-            self._result = self._take(self._inputs)
+            self._results = self._take(self._inputs)
 
         try:
             if self.scaler.is_enabled():
@@ -143,12 +179,16 @@ class GraphedStep:
             with _generators_put_back(device):
                 self._replay = cuda_graph.capture(step, device, warm_up=loss_and_gradients)
         except (cuda_graph.CannotCapture, torch.OutOfMemoryError) as error:
-            self._refused, self._inputs, self._result = True, [], None
+            self._refused, self._inputs, self._results = True, [], ()
             warnings.warn(f"training runs launch by launch, since the step cannot be captured: {error}", stacklevel=3)
         else:
             self._captured = form
         finally:
             self.optimizer.zero_grad()  # where an error left some
+
+
+def _as_tuple(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return returned if isinstance(returned, tuple) else (returned,)
 
 
 def _kept(value: Any) -> Any:

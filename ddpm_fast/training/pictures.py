@@ -1,6 +1,6 @@
 """Picture files: images, grids of images, and curves."""
 
-__all__ = ["PictureError", "save_bound", "save_grid", "save_images", "save_loss", "to_uint8"]
+__all__ = ["PictureError", "save_bound", "save_grid", "save_images", "save_loss", "save_timestep_losses", "to_uint8"]
 
 import math
 from collections.abc import Iterator
@@ -134,5 +134,34 @@ def save_bound(curve: list[tuple[int, int, float, float, float]], path: str | Pa
     right.legend()
     for axes in (left, right):
         axes.grid(which="both", alpha=0.3)
+    with _replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def save_timestep_losses(
+    curve: list[tuple[float, float]], means: Tensor, length: int, timesteps: int, path: str | Path
+) -> None:
+    """Plots the loss at each timestep, at the end and in the course of a training, and saves the plot as a PNG file.
+
+    Args:
+        curve: (t, loss) pairs; those above 0 are shown.
+        means: the losses of stretches of the training at bins of timesteps, (stretches, bins); NaN where there is none.
+        length: of a stretch, in steps.
+        timesteps: T.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    at_the_end, course = figure.subplots(1, 2)
+    at_the_end.semilogy(*zip(*((t, loss) for t, loss in curve if loss > 0), strict=True))
+    at_the_end.set(xlabel="t", ylabel="loss, last quarter of the steps")
+    at_the_end.grid(which="both", alpha=0.3)
+    shown = torch.where(means > 0, means, torch.nan)
+    if shown.nan_to_num().any():
+        extent = (0, len(shown) * length, 0, timesteps)
+        picture = course.imshow(shown.T.numpy(), norm=LogNorm(), extent=extent, origin="lower", aspect="auto")
+        figure.colorbar(picture, label="loss")
+    course.set(xlabel="step", ylabel="t")
     with _replaced(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -1,7 +1,7 @@
 """A trained model and the folder it lies in: loading it, sampling from it, showing what it has learned.
 
 RUN/
-    config.json  metrics.json  checkpoints/  previews/  loss.png  samples.png  denoising.png
+    config.json  metrics.json  checkpoints/  previews/  loss.png  loss_by_timestep.png  samples.png  denoising.png
     likelihood.json  likelihood.png    of an evaluation
 """
 

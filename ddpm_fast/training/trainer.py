@@ -12,17 +12,19 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..diffusion import GaussianDiffusion
 from ..info import versions
 from ..noise import derive_seed
+from ..timestep_sampling import TIMESTEP_SAMPLERS
 from . import checkpoint
 from .config import ConfigError, RunConfig, build_diffusion
 from .data import ShuffledBatches, batches, fingerprint, open_data
@@ -30,16 +32,18 @@ from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
 from .graphed_step import GraphedStep
 from .optimization import ema_decay, lr_factor, make_optimizer, set_lr, update_average
-from .pictures import save_grid, save_loss
+from .pictures import save_grid, save_loss, save_timestep_losses
 from .precision import autocast, chosen
 from .run import Run, RunError, load_run, pick_device, sample_batches, weights_of
 from .signals import Stopped, deferred_signals
+from .timestep_losses import TimestepLosses
 
 STEP = 1  # what the seed is used for: everything that a step draws except the noise
 NOISE = 2  # and the noise of the training, which must differ from that of samples with the same seed
 PREVIEW_STEPS = 50  # of DDIM
 LOSS_POINTS = 200  # of the curve in metrics.json, at least
 LONGEST_WINDOW = 50  # steps between two points of the curve
+NAMED = 10  # timesteps of a step that is skipped, at most
 
 
 def train(config: RunConfig, folder: str | Path, *, resume: bool = False) -> Run:
@@ -53,7 +57,8 @@ def train(config: RunConfig, folder: str | Path, *, resume: bool = False) -> Run
 
     Raises:
         ConfigError, DataError, CheckpointError: input that cannot be used, or a checkpoint that cannot be saved.
-        RunError: the folder cannot be used, another process trains in it, or the loss is no longer finite.
+        RunError: the folder cannot be used, another process trains in it, or the loss has not been finite for
+            `training.max_skipped` steps in a row.
         Stopped: a signal has stopped the training, and the last step is saved.
     """
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
@@ -80,12 +85,26 @@ class Progress:
         history: (step, mean loss since the point before it).
         recent: the losses since the last point of `history`.
         seconds: spent on the steps.
+        skipped_steps: how many of the steps had a loss or a gradient that was not finite, and changed no weights; they
+            are in neither `history` nor `recent`.
+        skipped_in_a_row: how many of them were the last ones.
     """
 
     step: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class StepLosses(NamedTuple):
+    """What is known of a step on the device."""
+
+    loss: Tensor  # ()
+    skipped: Tensor  # (), of `GraphedStep`
+    losses: Tensor  # (N,), of the samples
+    t: Tensor  # (N,)
 
 
 class Trainer:
@@ -104,20 +123,24 @@ class Trainer:
         self.fingerprint = fingerprint(self.data)
         self.optimizer = make_optimizer(self.diffusion, config.training)
         self.ema = AveragedModel(self.diffusion)
+        timesteps = self.diffusion.num_timesteps
+        self.timestep_sampler = TIMESTEP_SAMPLERS[config.training.timestep_sampling](timesteps).to(self.device)
+        self.timestep_losses = TimestepLosses(timesteps).to(self.device)
         self._sample_offset = torch.zeros((), dtype=torch.int64, device=self.device)
         self._set_precision(chosen(config.training.precision, self.device))
         self.progress = Progress()
         self.result = Run(folder, config, self.ema.module)
         self._noise_seed = derive_seed(config.seed, NOISE)
         self._window = max(1, min(LONGEST_WINDOW, config.training.steps // LOSS_POINTS))
-        self._pending: list[Tensor] = []  # losses that are still on the device
+        self._pending: list[StepLosses] = []  # that have not been read
         self._saved, self._started = 0, 0.0
 
     def _set_precision(self, precision: str) -> None:
         """Gradients in float16 are scaled, since most are too small for it."""
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self._update = GraphedStep(self._loss, self.optimizer, clip=self.config.training.grad_clip, scaler=self.scaler)
+        clip = self.config.training.grad_clip
+        self._update = GraphedStep(self._loss, self.optimizer, clip=clip, scaler=self.scaler, after=self._add_losses)
 
     def run(self) -> Run:
         """Takes the steps that are left."""
@@ -129,6 +152,7 @@ class Trainer:
         self.diffusion.train()
         self._started = time.perf_counter()
         bar = tqdm(desc="training", total=c.steps, initial=first, unit="step")
+        due = False
         with deferred_signals() as stopped, bar, closing(batches(self.data, order, workers=c.workers)) as images:
             if 0 < first < c.steps and not self._preview_path().exists():
                 self.preview_if_due(stopped)  # the run ended between saving this step and its preview
@@ -137,12 +161,15 @@ class Trainer:
                 signal = stopped()
                 if signal is not None:
                     bar.disable = True  # the terminal may be closed
-                saving = signal is not None or p.step == c.steps or p.step % c.save_every == 0
-                if saving or p.step % self._window == 0:
+                ending = signal is not None or p.step == c.steps
+                due = due or p.step % c.save_every == 0
+                if ending or due or p.step % self._window == 0:
                     bar.set_postfix(loss=f"{self.read_losses():.4f}", refresh=False)
                 bar.update()
-                if saving:
+                # Weights that give no finite loss must not replace those of older checkpoints.
+                if ending or (due and not p.skipped_in_a_row):
                     self.save()
+                    due = False
                 if signal is not None and p.step < c.steps:
                     raise Stopped(signal, f"stopped after step {p.step}; go on with --resume")
                 if p.step < c.steps:
@@ -161,41 +188,74 @@ class Trainer:
         torch.manual_seed(derive_seed(self.config.seed, STEP, step))  # of flips, timesteps and dropout
         self._sample_offset.fill_(step * c.batch_size)
         set_lr(self.optimizer, c.lr * lr_factor(step, c))
-        self._pending.append(self._update(images))
+        self.timestep_losses.begin(step)
+        loss, losses, t = self._update(images)
+        self._pending.append(StepLosses(loss, self._update.skipped, losses, t))
         # Outside of the graph: the decay is another in each step, and a foreach op takes it from the host.
         update_average(self.ema, self.diffusion, ema_decay(step, c) if step else 0.0)
         self.progress.step += 1
 
-    def _loss(self, images: Tensor) -> Tensor:
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, that of each sample, and their timesteps."""
         if self.config.data.flip:
             images = _flip_half(images)
+        t, weights = self.timestep_sampler(len(images))
+        how = {"seed": self._noise_seed, "sample_offset": self._sample_offset}
         with autocast(self.device, self.precision):
-            return self.diffusion(images, seed=self._noise_seed, sample_offset=self._sample_offset)
+            shares = self.diffusion(images, times=t, loss_reduction="share", **how)
+        return (weights * shares).sum(), shares * len(images), t
+
+    def _add_losses(self, loss: Tensor, losses: Tensor, t: Tensor) -> None:
+        self.timestep_losses.add(t, losses)
+        self.timestep_sampler.update(t, losses)
+
+    def _timesteps(self) -> dict[str, Tensor]:
+        """What the run knows of the losses at its timesteps, by the names that a checkpoint has for it."""
+        modules = {"timestep_losses": self.timestep_losses, "timestep_sampler": self.timestep_sampler}
+        return nn.ModuleDict(modules).state_dict()
 
     def read_losses(self) -> float:
-        """Reads the losses of the last steps, and adds a point to the history at the end of a window.
+        """Reads the losses of the steps since the last call, of which there is at least one.
+
+        A step that was skipped is told. At the end of a window, a point is added to the history.
 
         Returns:
             The loss of the last step.
 
         Raises:
-            RunError: a loss is not finite.
+            RunError: `training.max_skipped` steps in a row were skipped.
         """
-        p = self.progress
-        if self._pending:
-            p.recent += torch.stack(self._pending).tolist()
-            self._pending = []
-        bad = next((loss for loss in p.recent if not math.isfinite(loss)), None)
-        if bad is not None:
-            raise RunError(f"the loss is {bad} at step {p.step}; {checkpoint.advice(self.folder)}")
-        latest = p.recent[-1]
-        if p.step % self._window == 0 or p.step == self.config.training.steps:
+        p, pending, self._pending = self.progress, self._pending, []
+        losses = torch.stack([of_step.loss for of_step in pending]).tolist()
+        skipped = torch.stack([of_step.skipped for of_step in pending]).tolist()
+        steps = range(p.step - len(pending) + 1, p.step + 1)
+        for step, loss, was_skipped, of_step in zip(steps, losses, skipped, pending, strict=True):
+            if was_skipped or not math.isfinite(loss):  # with a scaler, it has skipped the step and does not say so
+                self._tell_skipped(step, loss, of_step)
+            else:
+                p.recent.append(loss)
+                p.skipped_in_a_row = 0
+        if p.recent and (p.step % self._window == 0 or p.step == self.config.training.steps):
             p.history.append((p.step, sum(p.recent) / len(p.recent)))
             p.recent = []
-        return latest
+        return losses[-1]
+
+    def _tell_skipped(self, step: int, loss: float, of_step: StepLosses) -> None:
+        p, limit = self.progress, self.config.training.max_skipped
+        p.skipped_steps += 1
+        p.skipped_in_a_row += 1
+        t, losses = of_step.t.tolist(), of_step.losses.tolist()
+        bad = {at for at, value in zip(t, losses, strict=True) if not math.isfinite(value)}
+        named = sorted(bad or set(t))
+        shown = ", ".join(map(str, named[:NAMED])) + (f" and {len(named) - NAMED} more" if len(named) > NAMED else "")
+        what = "the norm of the gradients is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+        tqdm.write(f"step {step}: {what} at the timesteps {shown}; the update is skipped")
+        if p.skipped_in_a_row >= limit:
+            so_far = f", and the last {limit} updates are skipped" if limit > 1 else ""
+            raise RunError(f"{what} at step {step}{so_far}; {checkpoint.advice(self.folder)}")
 
     def save(self) -> None:
-        """Writes a checkpoint, metrics.json and loss.png."""
+        """Writes a checkpoint, metrics.json and the plots of the loss."""
         now = time.perf_counter()
         self.progress.seconds += now - self._started
         self._started = now
@@ -212,6 +272,7 @@ class Trainer:
             model=weights_of(self.diffusion),
             ema=weights_of(self.ema.module),
             optimizer=self.optimizer,
+            timesteps=self._timesteps(),
             state=state,
         )
         self._saved = self.progress.step
@@ -233,18 +294,21 @@ class Trainer:
         checkpoint.load_weights(newest, "model", weights_of(self.diffusion))
         checkpoint.load_weights(newest, "ema", weights_of(self.ema.module))
         checkpoint.load_optimizer(newest, self.optimizer)
+        if state["format"] > 2:
+            checkpoint.load_weights(newest, "timesteps", self._timesteps())
         # What `auto` chooses may be another on this device.
         self._set_precision(state["precision"] or state["config"]["training"]["precision"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.ema.n_averaged.fill_(first)
-        self.progress = Progress(first, state["history"], state["recent"], state["seconds"])
+        self.progress = Progress(**{each.name: state[each.name] for each in fields(Progress)})
         self._saved = first
 
     def report(self) -> None:
-        """Writes metrics.json and loss.png."""
+        """Writes metrics.json, loss.png and loss_by_timestep.png."""
         p, c = self.progress, self.config.training
         last = [loss for _, loss in p.history[-10:]] or p.recent
+        curve = self.timestep_losses.curve(p.step)
         self.result.metrics = {
             "loss": sum(last) / len(last) if last else None,
             "steps": p.step,
@@ -254,10 +318,15 @@ class Trainer:
             "device": str(self.device),
             "precision": self.precision,
             "versions": versions(),
+            "skipped_steps": p.skipped_steps,
+            "loss_by_timestep": curve,
             "history": p.history,
         }
         self.result.write_metrics()
         save_loss(p.history, self.folder / "loss.png")
+        length, means = self.timestep_losses.image(p.step)
+        timesteps = self.diffusion.num_timesteps
+        save_timestep_losses(curve, means, length, timesteps, self.folder / "loss_by_timestep.png")
 
     def preview_if_due(self, stopped: Callable[[], int | None]) -> None:
         """Writes previews/step-*.png every `sample_every` steps. If that fails, the training goes on."""
