@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ddpm_fast import diffusion, loss_weights, parameterization, samplers, schedules, variances
+from ddpm_fast.timestep_sampling import TIMESTEP_SAMPLERS
 from ddpm_fast.training.config import ConfigError, build_diffusion, check, expanded, load
 
 SMALL = {
@@ -82,6 +83,17 @@ def test_every_name_of_a_registry_is_valid_and_an_error_lists_them(key):
     with pytest.raises(ConfigError) as raised:
         check(changed(**{f"diffusion__{key}": "no such name"}))
     assert str(raised.value).endswith(f"given 'no such name'; needed: one of {', '.join(REGISTRIES[key])}")
+
+
+def test_timestep_samplers_are_names_of_their_registry(monkeypatch):
+    monkeypatch.setitem(TIMESTEP_SAMPLERS, "mine", TIMESTEP_SAMPLERS["uniform"])
+    for name in TIMESTEP_SAMPLERS:
+        assert check(changed(training__timestep_sampling=name)).training.timestep_sampling == name
+    message = "training.timestep_sampling: given 'no'; needed: one of uniform, loss_second_moment, mine"
+    with pytest.raises(ConfigError, match=message):
+        check(changed(training__timestep_sampling="no"))
+    with pytest.raises(ConfigError, match=r"training\.max_skipped: given 0; needed: input should be greater than 0"):
+        check(changed(training__max_skipped=0))
 
 
 def test_a_sampler_and_a_schedule_that_are_registered_later_can_be_used_in_a_config(monkeypatch, tmp_path):

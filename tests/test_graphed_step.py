@@ -11,7 +11,7 @@ from torch import nn
 from training_runs import assert_same_weights, finished, losses, small, without_curve  # noqa: F401  (fixtures)
 
 from ddpm_fast import cuda_graph
-from ddpm_fast.training import graphed_step, optimization, trainer
+from ddpm_fast.training import checkpoint, graphed_step, optimization, trainer
 from ddpm_fast.training.graphed_step import GraphedStep
 
 
@@ -96,6 +96,11 @@ def captures(without, monkeypatch):
         {"training__weight_decay": 0.1, "data__flip": False},
         {"training__precision": "bf16"},
         {"diffusion__objective": "pred_v", "diffusion__loss_type": "huber", "model__dropout": 0.0},
+        {"diffusion__variance": "learned_range"},
+        {"diffusion__variance": "learnable", "training__weight_decay": 0.1},
+        # All losses are known after the first step: on a CPU, where the loss looks at the gradients that it is given,
+        # the weights must not be 1 when the step is captured.
+        {"training__timestep_sampling": "loss_second_moment", "diffusion__timesteps": 4, "training__batch_size": 96},
     ],
     ids=str,
 )
@@ -107,6 +112,27 @@ def test_a_captured_run_is_the_run_step_by_step(captures, without, tmp_path, cha
     assert len(captures) == 1
     assert_same_weights(tmp_path / "plain", tmp_path / "captured")
     assert losses(captured) == losses(plain)
+    assert captured.metrics["loss_by_timestep"] == plain.metrics["loss_by_timestep"]
+    of_timesteps = [checkpoint.latest(tmp_path / name) / "timesteps.safetensors" for name in ("plain", "captured")]
+    assert of_timesteps[0].read_bytes() == of_timesteps[1].read_bytes()
+
+
+def test_a_captured_run_skips_the_steps_of_a_run_step_by_step(captures, without, monkeypatch, tmp_path):
+    forward = trainer.GaussianDiffusion.forward
+
+    def broken(self, images, **arguments):
+        bad = arguments["sample_offset"] // len(images) % 3 == 1
+        return forward(self, images, **arguments) * torch.where(bad, torch.nan, 1.0)
+
+    monkeypatch.setattr(trainer.GaussianDiffusion, "forward", broken)
+    config = small(training__precision="fp32", training__save_every=1)
+    captured = trainer.train(config, tmp_path / "captured")
+    assert len(captures) == 1
+    plain = without(lambda: trainer.train(config, tmp_path / "plain"))
+    assert_same_weights(tmp_path / "plain", tmp_path / "captured")
+    assert captured.metrics["skipped_steps"] == plain.metrics["skipped_steps"] == 4
+    assert losses(captured) == losses(plain)
+    assert captured.metrics["loss_by_timestep"] == plain.metrics["loss_by_timestep"]
 
 
 def test_a_captured_run_is_the_run_of_a_cpu_and_can_be_resumed(finished, captures, tmp_path):  # noqa: F811

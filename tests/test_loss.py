@@ -169,3 +169,18 @@ def test_bytes_are_the_images_that_they_hold():
     x = torch.randint(256, (2, 2, 4, 6), dtype=torch.uint8)
     for method in (diffusion.q_sample, diffusion.p_losses):
         assert torch.equal(method(x, t, seed=3), method(diffusion.normalize(x), t, seed=3))
+
+
+@pytest.mark.parametrize("n", [4, 5, 12])
+@pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "kl", "hybrid"])
+def test_the_shares_of_the_samples_are_their_mean_bit_for_bit(n, loss_type):
+    """And so is their gradient, for a number of samples that is no power of 2, too."""
+    variance = "learnable" if loss_type == "hybrid" else "posterior"
+    diffusion, found = make(loss_type=loss_type, variance=variance).eval(), []
+    x, t = images(n), torch.arange(n)
+    for reduction in ("mean", "share"):
+        loss = diffusion(x, times=t, seed=3, loss_reduction=reduction).sum()
+        found.append([loss, *torch.autograd.grad(loss, [*diffusion.model.parameters()])])
+    assert all(map(torch.equal, *found))
+    shares, losses = (diffusion(x, times=t, seed=3, loss_reduction=r) for r in ("share", "none"))
+    torch.testing.assert_close(shares * n, losses)

@@ -214,6 +214,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
         ({"training__batch_size": 8}, "training.batch_size was 4, now 8"),
         ({"data__flip": False}, "data.flip was True, now False"),
         (
+            {"training__timestep_sampling": "loss_second_moment"},
+            "training.timestep_sampling was 'uniform', now 'loss_second_moment'",
+        ),
+        (
             {"seed": 2, "training__betas": [0.9, 0.99]},
             "seed was 0, now 2; training.betas was [0.9, 0.999], now [0.9, 0.99]",
         ),
@@ -231,7 +235,7 @@ def test_another_run_is_refused_with_each_key_and_its_old_and_new_value(folder, 
     [
         {"model": TINY | {"dropout": 0.1, "norm_groups": 4, "gradient_checkpointing": True}},
         {"diffusion__sampling_timesteps": 5},
-        {"training__save_every": 1, "training__sample_every": 100},
+        {"training__save_every": 1, "training__sample_every": 100, "training__max_skipped": 1},
         {"training__lr": 1e-4, "training__warmup": 20, "training__cosine_decay": True, "training__grad_clip": 0.5},
     ],
 )

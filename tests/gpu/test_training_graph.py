@@ -39,6 +39,9 @@ def replays(monkeypatch):
         {"training__precision": "bf16"},
         {"training__precision": "fp32", "training__grad_clip": None},
         {"training__precision": "fp32", "training__warmup": 5, "training__cosine_decay": True},
+        {"training__precision": "fp32", "training__timestep_sampling": "loss_second_moment", "diffusion__timesteps": 4},
+        {"training__precision": "fp32", "diffusion__variance": "learnable"},
+        {"training__precision": "bf16", "diffusion__variance": "learned_range"},
     ],
     ids=str,
 )
@@ -49,6 +52,27 @@ def test_a_captured_run_has_the_bits_of_a_run_launch_by_launch(tmp_path, monkeyp
     monkeypatch.setenv("DDPM_FAST_GRAPHS", "0")
     plain = trainer.train(config, tmp_path / "plain")
     assert len(replays) == 11
+    assert_same_weights(tmp_path / "plain", tmp_path / "captured")
+    assert losses(captured) == losses(plain)
+    assert captured.metrics["loss_by_timestep"] == plain.metrics["loss_by_timestep"]
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, None])
+def test_a_replayed_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, replays, grad_clip):
+    forward = GaussianDiffusion.forward
+
+    def broken(self, images, **arguments):
+        bad = arguments["sample_offset"] // len(images) % 4 == 3
+        return forward(self, images, **arguments) * torch.where(bad, torch.nan, 1.0)
+
+    monkeypatch.setattr(GaussianDiffusion, "forward", broken)
+    config = small(training__precision="fp32", training__save_every=1, training__grad_clip=grad_clip)
+    captured = trainer.train(config, tmp_path / "captured")
+    assert len(replays) == 11
+    assert captured.metrics["skipped_steps"] == 3
+    monkeypatch.setenv("DDPM_FAST_GRAPHS", "0")
+    plain = trainer.train(config, tmp_path / "plain")
+    assert plain.metrics["skipped_steps"] == 3
     assert_same_weights(tmp_path / "plain", tmp_path / "captured")
     assert losses(captured) == losses(plain)
 
