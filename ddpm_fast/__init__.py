@@ -5,6 +5,7 @@ __all__ = [
     "UNet",
     "__version__",
     "backend",
+    "fit_sampler",
     "noise",
     "ops",
     "optimize",
@@ -18,6 +19,7 @@ from importlib.metadata import version
 
 from . import noise, ops, samplers, schedules
 from .diffusion import GaussianDiffusion
+from .fitting import fit_sampler
 from .nn.optimize import optimize, restore
 from .nn.unet import UNet
 from .nn.verification import verify

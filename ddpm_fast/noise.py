@@ -20,10 +20,12 @@ noise of the k-th step that the run takes. Other uses have streams from 2^32 on.
 """
 
 __all__ = [
+    "FITTING",
     "INPAINTING",
     "LIKELIHOOD",
     "OFFSET",
     "SECOND_IMAGE",
+    "VALIDATION",
     "NoiseSource",
     "derive_seed",
     "draw_seed",
@@ -47,6 +49,8 @@ from .ops.noise import noise_of
 OFFSET = 1 << 32  # offset noise in training
 SECOND_IMAGE = OFFSET + 1  # the second image of an interpolation
 LIKELIHOOD = OFFSET + 2  # of the variational bound: folded with t again; the next one chooses the timesteps
+FITTING = OFFSET + 4  # x_T that a sampler is fitted on
+VALIDATION = OFFSET + 5  # x_T on which what was fitted is measured
 INPAINTING = 1 << 33  # + i: known pixels, or a jump, after the i-th move between timesteps
 
 

@@ -6,7 +6,7 @@ x_T is drawn, network and step take turns, and the result is mapped from [-1, 1]
 __all__ = ["ReverseProcess", "SampleState"]
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from . import checks, ops, samplers
 from .denoiser import Denoiser, ModelArguments, clip_bounds, if_any
 from .noise import NoiseSource
 from .process import Seed, drawing_from
-from .samplers import StepTable
+from .samplers import FittedTable, StepTable
 from .sampling_run import MethodRun, Run, SamplingRun
 from .schedules import NoiseSchedule
 
@@ -43,6 +43,10 @@ class ReverseProcess(Denoiser):
         shape: of a sample, (C, ...).
         sampler, sampling_timesteps, spacing, ddim_sampling_eta: what `sample` takes where it is given none.
         auto_normalize: samples are mapped from [-1, 1] to [0, 1].
+
+    Attributes:
+        fitted: what `sampler="fitted"` takes for so many steps. `training.run.load_run` gives it the samplers of the
+            run, and what `fit_sampler` returns can be put into it.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class ReverseProcess(Denoiser):
         self.ddim_sampling_eta = ddim_sampling_eta
         samplers.ddim(schedule, objective, self.sampling_timesteps, eta=ddim_sampling_eta)  # validates eta
         self.sampler, self.spacing = sampler, spacing
+        self.fitted: Mapping[int, StepTable] = {}
         self.step_table()  # validates the sampler and the spacing
         self.auto_normalize = auto_normalize
 
@@ -99,9 +104,14 @@ class ReverseProcess(Denoiser):
         spacing: str | None = None,
     ) -> StepTable:
         """The coefficients of a sampling run; the arguments are those of `sample`."""
+        if sampler == "fitted":
+            sampler, steps = self._fitted_table(steps), None
         if isinstance(sampler, StepTable):
             if steps is not None or eta is not None or spacing is not None:
                 raise ValueError("a StepTable has its steps, their spacing and its eta; give it alone")
+            if isinstance(sampler, FittedTable):
+                clip = clip_bounds(self.clip_denoised)
+                sampler.check_fits(samplers.conditions(self.schedule, self.objective, clip))
             if len(sampler) == 0 or sampler.t.min() < 0 or sampler.t.max() >= self.num_timesteps:
                 raise ValueError(f"a StepTable needs timesteps in [0, {self.num_timesteps}); got {sampler.t.tolist()}")
             return sampler
@@ -145,11 +155,23 @@ class ReverseProcess(Denoiser):
         kept = max(1, round(strength * len(visited)))
         if kept == len(visited):
             return table
-        if isinstance(sampler, StepTable):
+        if isinstance(sampler, StepTable) or sampler == "fitted":
             raise ValueError(
                 f"a StepTable is taken as a whole: give the steps you want, and strength=1; got {strength}"
             )
         return self.step_table(self._sampler_name(sampler, steps, eta), visited[-kept:], eta)
+
+    def _fitted_table(self, steps: int | None) -> StepTable:
+        steps = self.sampling_timesteps if steps is None else steps
+        steps = checks.integer("steps of a fitted sampler", steps, 1, self.num_timesteps + 1)
+        table = self.fitted.get(steps)
+        if table is None:
+            others = ", ".join(map(str, sorted(self.fitted))) or "no number"
+            raise ValueError(
+                f"no sampler is fitted for {steps} steps, but for {others} of steps; fit one with "
+                f"ddpm_fast.fit_sampler, or for a run with `ddpm-fast fit-sampler RUN --steps {steps}`"
+            )
+        return table
 
     def _whole_chain(self) -> Tensor:
         """The rows of ancestral sampling over all timesteps, (T, 6), with a learned variance (T, 8)."""
@@ -298,10 +320,11 @@ class ReverseProcess(Denoiser):
             return_all_timesteps: all states, x_T first.
             sampler: a `StepTable`, or a name in `samplers.SAMPLERS`: ddpm (ancestral; Ho et al. 2020, algorithm 2),
                 ddim (Song et al. 2021), dpmpp_2m (DPM-Solver++(2M); Lu et al. 2022, algorithm 2), dpmpp_2m_sde (its
-                form with noise), unipc (Zhao et al. 2023) or heun (Karras et al. 2022, algorithm 1). None takes the
-                module's `sampler`, or else ddpm for all T steps. For fewer it takes ddim if the module's
-                `sampling_timesteps` says so, as denoising_diffusion_pytorch does, or if eta is given; and for `steps`
-                given here dpmpp_2m, which solves the equation of DDIM to second order.
+                form with noise), unipc (Zhao et al. 2023) or heun (Karras et al. 2022, algorithm 1); or `fitted`,
+                for one of the tables in `fitted`. None takes the module's `sampler`, or else ddpm for all T steps. For
+                fewer it takes ddim if the module's `sampling_timesteps` says so, as denoising_diffusion_pytorch does,
+                or if eta is given; and for `steps` given here dpmpp_2m, which solves the equation of DDIM to second
+                order.
             steps: how many calls of the network, or the timesteps themselves; None for `sampling_timesteps`.
             eta: noise of DDIM, from 0 (none) to 1 (as much as ancestral); None for `ddim_sampling_eta`.
             spacing: of the timesteps, a name in `samplers.SPACINGS`; None for the module's `spacing`, or else the

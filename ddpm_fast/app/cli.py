@@ -1,4 +1,4 @@
-"""The command line: ddpm-fast demo | train | sample | evaluate | info | check | estimate."""
+"""The command line: ddpm-fast demo | train | sample | fit-sampler | evaluate | info | check | estimate."""
 
 __all__ = ["main"]
 
@@ -86,6 +86,24 @@ def sample(options: argparse.Namespace) -> None:
         sys.exit(f"ddpm-fast sample: {error}")
     if os.environ.get("RANK", "0") == "0":  # of several processes that a launcher started, the first one prints
         print(written)
+
+
+def fit_sampler(options: argparse.Namespace) -> None:
+    from ..fitting import fit_sampler
+    from ..training.config import expanded
+    from ..training.precision import autocast, chosen
+    from ..training.run import load_run
+
+    run = load_run(expanded(options.run))
+    device = run.diffusion.device
+    try:
+        with autocast(device, chosen(options.precision, device)):
+            table = fit_sampler(run.diffusion, options.steps, n=options.n, seed=options.seed, progress=True)
+        path = run.diffusion.fitted.save(table)
+    except ValueError as error:
+        sys.exit(f"ddpm-fast fit-sampler: {error}")
+    print(f"distance to the teacher's samples, on held-out noise: {table.start_distance:.4g} before the fit")
+    print(f"{table.distance:.4g} after it; {path}, for ddpm-fast sample --sampler fitted --steps {len(table)}")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -195,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--sampler",
-        choices=tuple(samplers.SAMPLERS),
+        choices=(*samplers.SAMPLERS, "fitted"),
         help="default: diffusion.sampler of the run's config; if that is null, ddpm for all steps, and for fewer, "
         "dpmpp_2m with --steps and ddim without",
     )
@@ -212,6 +230,13 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("samples.png"),
         help="NAME.png for a grid (default: %(default)s), else a folder for one PNG file per image",
     )
+
+    p = command(fit_sampler, "fit-sampler", "Fit a sampler of few steps to a trained model.")
+    run_argument(p)
+    p.add_argument("--steps", type=int, required=True, help="of the sampler")
+    p.add_argument("-n", type=int, default=1024, help="number of noises that it is fitted on (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the noises (default: 0)")
+    precision_argument(p)
 
     p = command(evaluate, "evaluate", "The variational bound of images under a trained model, in bits/dim.")
     run_argument(p)

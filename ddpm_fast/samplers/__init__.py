@@ -15,8 +15,10 @@ Symbols: a = sqrt(abar) and s = sqrt(1 - abar) at t, a' and s' at t', lambda = l
 __all__ = [
     "SAMPLERS",
     "SPACINGS",
+    "FittedTable",
     "StepTable",
     "ancestral",
+    "conditions",
     "ddim",
     "ddim_inversion",
     "dpmpp_2m",
@@ -41,6 +43,7 @@ from .ancestral import ancestral
 from .ddim import ddim
 from .ddim_inversion import ddim_inversion
 from .dpm_solver import dpmpp_2m, dpmpp_2m_sde
+from .fitted import FittedTable, conditions
 from .heun import heun
 from .step_table import StepTable
 from .timesteps import SPACINGS, is_count, karras_timesteps, spaced_timesteps, strided_timesteps

@@ -2,6 +2,7 @@
 
 RUN/
     config.json  metrics.json  checkpoints/  previews/  loss.png  loss_by_timestep.png  samples.png  denoising.png
+    samplers/    fitted to the network
     likelihood.json  likelihood.png    of an evaluation
 """
 
@@ -32,6 +33,7 @@ from tqdm.auto import tqdm
 from ..diffusion import GaussianDiffusion
 from . import checkpoint
 from .config import RunConfig, build_diffusion, check
+from .fitted_samplers import FittedSamplers
 from .pictures import save_grid
 from .precision import in_precision
 
@@ -92,7 +94,13 @@ def load_run(folder: str | Path) -> Run:
     config = check(checkpoint.load_state(newest)["config"], newest / "state.json")
     diffusion = build_diffusion(config)
     checkpoint.load_weights(newest, "ema", weights_of(diffusion))
+    diffusion.fitted = FittedSamplers(_run_of(newest), diffusion.model)
     return Run(folder, config, diffusion.to(pick_device()).eval())
+
+
+def _run_of(newest: Path) -> Path:
+    """The run that a checkpoint belongs to; the checkpoint itself if it was copied elsewhere."""
+    return newest.parent.parent if newest.parent.name == "checkpoints" else newest
 
 
 def sample_batches(
