@@ -51,7 +51,7 @@ def fit_sampler(
     the table with the least is returned: that of dpmpp_2m with K steps, if no other is better.
 
     Args:
-        diffusion: a `GaussianDiffusion` with a trained network, which takes no further `model_kwargs`. It is not changed.
+        diffusion: a `GaussianDiffusion` with a trained network that takes no `model_kwargs`. It is not changed.
         steps: K, the number of the network's predictions for a sample. Most is gained below 10.
         n: number of noises x_T to fit on; the teacher samples an image from each.
         seed: of these noises and of those held out. The same seed gives the same table.

@@ -17,7 +17,7 @@ from . import checks, ops, samplers
 from .denoiser import Denoiser, ModelArguments, clip_bounds, if_any
 from .noise import NoiseSource
 from .process import Seed, drawing_from
-from .samplers import FittedTable, StepTable
+from .samplers import StepTable
 from .sampling_run import MethodRun, Run, SamplingRun
 from .schedules import NoiseSchedule
 
@@ -45,8 +45,7 @@ class ReverseProcess(Denoiser):
         auto_normalize: samples are mapped from [-1, 1] to [0, 1].
 
     Attributes:
-        fitted: what `sampler="fitted"` takes for so many steps. `training.run.load_run` gives it the samplers of the
-            run, and what `fit_sampler` returns can be put into it.
+        fitted: the tables for `sampler="fitted"` by their number of steps: those of a run that was loaded, or yours.
     """
 
     def __init__(
@@ -105,15 +104,11 @@ class ReverseProcess(Denoiser):
     ) -> StepTable:
         """The coefficients of a sampling run; the arguments are those of `sample`."""
         if sampler == "fitted":
-            sampler, steps = self._fitted_table(steps), None
+            sampler, steps = samplers.find(self.fitted, self.sampling_timesteps if steps is None else steps), None
         if isinstance(sampler, StepTable):
             if steps is not None or eta is not None or spacing is not None:
                 raise ValueError("a StepTable has its steps, their spacing and its eta; give it alone")
-            if isinstance(sampler, FittedTable):
-                clip = clip_bounds(self.clip_denoised)
-                sampler.check_fits(samplers.conditions(self.schedule, self.objective, clip))
-            if len(sampler) == 0 or sampler.t.min() < 0 or sampler.t.max() >= self.num_timesteps:
-                raise ValueError(f"a StepTable needs timesteps in [0, {self.num_timesteps}); got {sampler.t.tolist()}")
+            samplers.check_table(sampler, self.schedule, self.objective, clip_bounds(self.clip_denoised))
             return sampler
         sampler = self._sampler_name(sampler, steps, eta)
         steps = self.sampling_timesteps if steps is None else steps
@@ -160,18 +155,6 @@ class ReverseProcess(Denoiser):
                 f"a StepTable is taken as a whole: give the steps you want, and strength=1; got {strength}"
             )
         return self.step_table(self._sampler_name(sampler, steps, eta), visited[-kept:], eta)
-
-    def _fitted_table(self, steps: int | None) -> StepTable:
-        steps = self.sampling_timesteps if steps is None else steps
-        steps = checks.integer("steps of a fitted sampler", steps, 1, self.num_timesteps + 1)
-        table = self.fitted.get(steps)
-        if table is None:
-            others = ", ".join(map(str, sorted(self.fitted))) or "no number"
-            raise ValueError(
-                f"no sampler is fitted for {steps} steps, but for {others} of steps; fit one with "
-                f"ddpm_fast.fit_sampler, or for a run with `ddpm-fast fit-sampler RUN --steps {steps}`"
-            )
-        return table
 
     def _whole_chain(self) -> Tensor:
         """The rows of ancestral sampling over all timesteps, (T, 6), with a learned variance (T, 8)."""

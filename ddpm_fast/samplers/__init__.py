@@ -18,11 +18,13 @@ __all__ = [
     "FittedTable",
     "StepTable",
     "ancestral",
+    "check_table",
     "conditions",
     "ddim",
     "ddim_inversion",
     "dpmpp_2m",
     "dpmpp_2m_sde",
+    "find",
     "heun",
     "is_count",
     "karras_timesteps",
@@ -43,7 +45,7 @@ from .ancestral import ancestral
 from .ddim import ddim
 from .ddim_inversion import ddim_inversion
 from .dpm_solver import dpmpp_2m, dpmpp_2m_sde
-from .fitted import FittedTable, conditions
+from .fitted import FittedTable, check_table, conditions, find
 from .heun import heun
 from .step_table import StepTable
 from .timesteps import SPACINGS, is_count, karras_timesteps, spaced_timesteps, strided_timesteps

@@ -1,6 +1,6 @@
 """A sampler whose rows were fitted to one network, and what it was fitted to."""
 
-__all__ = ["FittedTable", "conditions"]
+__all__ = ["FittedTable", "check_table", "conditions", "find"]
 
 import hashlib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import finite
+from ..checks import finite, integer
 from ..schedules import NoiseSchedule
 from .step_table import StepTable, columns_from
 
@@ -89,3 +89,31 @@ def conditions(schedule: NoiseSchedule, objective: str, clip: tuple[float, float
         "objective": objective,
         "clip": None if clip is None else list(clip),
     }
+
+
+def check_table(table: StepTable, schedule: NoiseSchedule, objective: str, clip: tuple[float, float] | None) -> None:
+    """Checks that a table can be used with a diffusion, which may be another than it was made for.
+
+    Raises:
+        ValueError: it has no steps, a timestep outside [0, T), or was fitted to something else.
+    """
+    if isinstance(table, FittedTable):
+        table.check_fits(conditions(schedule, objective, clip))
+    if len(table) == 0 or table.t.min() < 0 or table.t.max() >= len(schedule):
+        raise ValueError(f"a StepTable needs timesteps in [0, {len(schedule)}); got {table.t.tolist()}")
+
+
+def find(fitted: Mapping[int, StepTable], steps: int) -> StepTable:
+    """The table of so many steps.
+
+    Raises:
+        ValueError: there is none; the message says which there are.
+    """
+    table = fitted.get(integer("steps of a fitted sampler", steps, 1))
+    if table is None:
+        others = ", ".join(map(str, sorted(fitted))) or "no number"
+        raise ValueError(
+            f"no sampler is fitted for {steps} steps, but for {others} of steps; fit one with "
+            f"ddpm_fast.fit_sampler, or for a run with `ddpm-fast fit-sampler RUN --steps {steps}`"
+        )
+    return table
