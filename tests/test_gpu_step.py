@@ -47,6 +47,8 @@ class Ops(TorchDispatchMode):
 class Table:
     """A table of a sampler, of which a step knows nothing but the device's part."""
 
+    log_bounds = None
+
     def __init__(self):
         self.rows, self.t = torch.empty(STEPS, 6), torch.empty(STEPS, dtype=torch.int64)
         self.sigma, self.C = np.ones(STEPS), np.zeros(STEPS)
