@@ -29,10 +29,11 @@ def addresses(first, second, pixel, row, channel, channels_of_first, channels_of
 
 @triton.jit
 def load_input_bias(input_bias, stride, sample, channel, inside):
-    """In float32, or None; -0.0 for channels of skip, which changes no bit in a sum."""
-    if input_bias is not None:
-        input_bias = tl.load(input_bias + sample * stride + channel, mask=inside, other=-0.0).to(tl.float32)
-    return input_bias
+    """In float32; -0.0 for channels of skip, which changes no bit in a sum.
+
+    It is called where there is an input_bias: the Triton of torch 2.11 cannot return None.
+    """
+    return tl.load(input_bias + sample * stride + channel, mask=inside, other=-0.0).to(tl.float32)
 
 
 @triton.jit

@@ -181,6 +181,7 @@ def _statistics(
     sample, block, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first = part.to(tl.int64) * PART
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    of_bias = input_bias
     if PLANAR:
         size = WIDTH * plane
         length = tl.cdiv(size, COLUMNS)
@@ -197,8 +198,9 @@ def _statistics(
             rest = tl.minimum(GROUPS - block * TOGETHER, TOGETHER) * WIDTH
         count = tl.minimum(plane - first, PART).to(tl.int32) * WIDTH
         offset = row * channels + channel
-        inside = (column < rest) & (channel < of_x)
-        of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
+        if input_bias is not None:
+            inside = (column < rest) & (channel < of_x)
+            of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
     rows = tl.minimum(length - first, PART).to(tl.int32)
 
     near = tl.zeros((TOGETHER,), tl.float32)
@@ -290,26 +292,13 @@ def locate(
 
 
 @triton.jit
-def load_channels(
-    sample,
-    channel,
-    channels,
-    mean,
-    rstd,
-    weight,
-    bias,
-    scale,
-    shift,
-    input_bias,
-    bias_stride,
-    WIDTH: tl.constexpr,
-):
-    """Of a tile's channels: which there are; mean and rstd; factor and addend; and what is added to x, or None."""
+def load_channels(sample, channel, channels, mean, rstd, weight, bias, scale, shift, WIDTH: tl.constexpr):
+    """Of a tile's channels: which there are; mean and rstd; factor and addend."""
     inside = channel < channels
     group = sample * (channels // WIDTH) + channel // WIDTH
     m, r = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
     factor, addend, _ = load_affine(sample, channel, inside, channels, weight, bias, scale, shift)
-    return inside, m, r, factor, addend, load_input_bias(input_bias, bias_stride, sample, channel, inside)
+    return inside, m, r, factor, addend
 
 
 @triton.jit
@@ -344,9 +333,12 @@ def _apply(
 ):
     sample = tl.program_id(0).to(tl.int64)
     channel, pixel, rest, _, start, offset = locate(sample, channels, plane, PLANAR, PART, ROWS, COLUMNS)
-    inside, m, r, factor, addend, of_bias = load_channels(
-        sample, channel, channels, mean, rstd, weight, bias, scale, shift, input_bias, bias_stride, WIDTH
+    inside, m, r, factor, addend = load_channels(
+        sample, channel, channels, mean, rstd, weight, bias, scale, shift, WIDTH
     )
+    of_bias = input_bias
+    if input_bias is not None:
+        of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
     factor *= r
     for first in range(0, rest, COLUMNS if PLANAR else ROWS):
         mask = inside & (pixel < rest - first)

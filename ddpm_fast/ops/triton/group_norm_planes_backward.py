@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_parts import addresses, gradient_of_z
+from .group_norm_parts import addresses, gradient_of_z, load_input_bias
 from .group_norm_planes import load_channels, load_input, locate, power, tiles_of
 
 
@@ -93,9 +93,12 @@ def _sum_gradients(
     """For each channel, over some pixels: the gradient of z, that times x_hat, x_hat, and grad_sum; KINDS of these."""
     sample = tl.program_id(0).to(tl.int64)
     channel, pixel, rest, _, start, offset = locate(sample, channels, plane, PLANAR, PART, ROWS, COLUMNS)
-    inside, m, r, factor, addend, of_bias = load_channels(
-        sample, channel, channels, mean, rstd, weight, bias, scale, shift, input_bias, bias_stride, WIDTH
+    inside, m, r, factor, addend = load_channels(
+        sample, channel, channels, mean, rstd, weight, bias, scale, shift, WIDTH
     )
+    of_bias = input_bias
+    if input_bias is not None:
+        of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
     sum_g, sum_gx = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     if KINDS > 2:
         sum_x, sum_grad = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -231,9 +234,12 @@ def _apply_gradients(
 ):
     sample = tl.program_id(0).to(tl.int64)
     channel, pixel, rest, skipped, start, offset = locate(sample, channels, plane, PLANAR, PART, ROWS, COLUMNS)
-    inside, m, r, factor, addend, of_bias = load_channels(
-        sample, channel, channels, mean, rstd, weight, bias, scale, shift, input_bias, bias_stride, WIDTH
+    inside, m, r, factor, addend = load_channels(
+        sample, channel, channels, mean, rstd, weight, bias, scale, shift, WIDTH
     )
+    of_bias = input_bias
+    if input_bias is not None:
+        of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
     at_means = means + (sample * (channels // WIDTH) + channel // WIDTH) * 2
     mean_g, mean_gx = tl.load(at_means, mask=inside, other=0.0), tl.load(at_means + 1, mask=inside, other=0.0)
     for first in range(0, rest, COLUMNS if PLANAR else ROWS):

@@ -151,7 +151,9 @@ def _norm_of_slab(
 ):
     sample, slab, row, channel, inside = _locate(CHANNELS, BLOCK, ROWS, COLUMNS)
     mask = inside & (row < PLANE)
-    of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside & (channel < OF_X))
+    of_bias = input_bias
+    if input_bias is not None:
+        of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside & (channel < OF_X))
     held = load_sum(x, of_bias, residual, skip, sample * PLANE, row, channel, mask, OF_X, CHANNELS - OF_X, VECTOR)
     offset = row * CHANNELS + channel
     start = sample * PLANE * CHANNELS
@@ -252,7 +254,9 @@ def _gradients_of_slab(
     mask = inside & (row < PLANE)
     start, offset = sample * PLANE * CHANNELS, row * CHANNELS + channel
     g = tl.load(grad + start + offset, mask=mask, other=0.0).to(tl.float32)
-    of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
+    of_bias = input_bias
+    if input_bias is not None:
+        of_bias = load_input_bias(input_bias, bias_stride, sample, channel, inside)
     h = load_sum(x, of_bias, None, None, sample * PLANE, row, channel, mask, CHANNELS, 0, VECTOR).to(tl.float32)
     group = sample * (CHANNELS // WIDTH) + channel // WIDTH
     m, r = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
