@@ -17,6 +17,7 @@ from .denoiser import Denoiser, ModelArguments, clip_bounds, if_any
 from .kept_graphs import kept_graph
 from .nn.evaluation import in_evaluation
 from .noise import NoiseSource
+from .parameterization import x_start_rows
 from .samplers import StepTable
 from .sampling_step import SamplingStep
 
@@ -154,6 +155,12 @@ class MethodRun:
             raise ValueError(
                 "ancestral steps of a learned variance go through p_sample, for all timesteps; for fewer of them, with "
                 "model_predictions overridden, take another sampler"
+            )
+        own = torch.stack(x_start_rows(denoiser.schedule, denoiser.objective), dim=1)[table.t]
+        if not torch.allclose(table.rows[:, :2], own):
+            raise ValueError(
+                "a StepTable with u and w of its own, as a fitted one, says how x_0 follows from a prediction, as the "
+                "methods do that a class overrides; take another sampler, or a GaussianDiffusion around the network"
             )
 
     @torch.no_grad()

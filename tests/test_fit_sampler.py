@@ -1,5 +1,6 @@
 """Samplers that are fitted to a network: nearer to the teacher, never farther, and for this network alone."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -234,9 +235,13 @@ def test_what_cannot_be_fitted_is_refused(small):
         def model_predictions(self, *args, **kwargs):
             return super().model_predictions(*args, **kwargs)
 
-    own = Own(diffusion.model, image_size=(), timesteps=100, channels=3)
+    own = Own(diffusion.model, image_size=(), timesteps=100, channels=3).double()
     with pytest.raises(ValueError, match="Own overrides methods that sampling calls"):
         fit_sampler(own, 3)
+    table = own.step_table("dpmpp_2m", 3)
+    assert own.sample(2, sampler=table, seed=1).isfinite().all()
+    with pytest.raises(ValueError, match="with u and w of its own, as a fitted one"):
+        own.sample(2, sampler=dataclasses.replace(table, u=table.u + 0.1), seed=1)
     for arguments, told in (
         ((0,), r"steps must be an integer in \[1, 101\)"),
         ((101,), "got 101"),
