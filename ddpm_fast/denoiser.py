@@ -174,7 +174,7 @@ class Denoiser(DiffusionProcess):
             low, high = self._at(self.log_variance_bounds, t, x)
             log_variance = low + (prediction[2] + 1) / 2 * (high - low)
         elif self.log_variance is not None:
-            log_variance = self.log_variance[t].to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+            (log_variance,) = self._at(self.log_variance[:, None].to(x.dtype), t, x)
         else:
             return self._at(self.variance_rows, t, x)
         return log_variance.exp(), log_variance

@@ -352,9 +352,7 @@ class GaussianDiffusion(ImageEditing):
                     "images, or a GaussianDiffusion with decoder='gaussian'"
                 ),
             )
-        x = self.normalize(images)
-        memory_format = ops.channels_last_format(x.ndim)
-        x = x if memory_format is None else x.contiguous(memory_format=memory_format)
+        x = self._given(images)
         source = self.noise_source(x, seed, sample_offset)
         return likelihood.evaluate(self, x, source, steps=steps, model_kwargs=model_kwargs, progress=progress)
 

@@ -88,7 +88,7 @@ def bound_term(
     """
     pred, v = prediction
     if denoiser.log_variance is not None:
-        v = denoiser.log_variance[t].view(-1, *[1] * (x_t.ndim - 1)).expand(x_t.shape)
+        v = denoiser._at(denoiser.log_variance[:, None], t, x_t)[0].expand(x_t.shape)
         pred = pred.to(v.dtype)  # the op takes both in one dtype, and bfloat16 would move a logarithm by 1 %
     gaussian = denoiser.decoder == "gaussian"
     row = t + 1 if gaussian else t

@@ -24,6 +24,25 @@ class Net(nn.Module):
         return self.dropout(torch.tanh(y)) + t.view(-1, *[1] * (x.ndim - 1)).to(y.dtype) / 1000
 
 
+class TwoHalves(Net):
+    """Twice the channels: a prediction, and v around `middle`."""
+
+    middle = 0.0
+
+    def __init__(self, channels=2):
+        super().__init__(channels)
+        self.dropout = nn.Identity()
+        self.second = nn.Linear(channels, channels)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in self.second.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+    def forward(self, x, t):
+        v = torch.tanh(self.second(x.movedim(1, -1)).movedim(-1, 1)) + self.middle
+        return torch.cat([super().forward(x, t), v], dim=1)
+
+
 SIZES = {"images": (4, 6), "sequences": (9,), "vectors": ()}
 
 

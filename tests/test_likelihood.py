@@ -17,7 +17,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from small_diffusion import Net, images, make
+from small_diffusion import Net, TwoHalves, images, make
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -203,22 +203,6 @@ def log_variance_of(diffusion, t, v):
             return low + (v + 1) / 2 * (high - low)
         case "learnable":
             return diffusion.log_variance[t]
-
-
-class TwoHalves(Net):
-    """Twice the channels: a prediction, and v around `middle`."""
-
-    middle = 0.0
-
-    def __init__(self, channels=2):
-        super().__init__(channels)
-        self.dropout = nn.Identity()
-        self.second = nn.Linear(channels, channels)
-        nn.init.constant_(self.second.weight, 0.1)
-
-    def forward(self, x, t):
-        v = torch.tanh(self.second(x.movedim(1, -1)).movedim(-1, 1)) + self.middle
-        return torch.cat([super().forward(x, t), v], dim=1)
 
 
 class OneHalf(TwoHalves):

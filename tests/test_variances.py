@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_diffusion import Net, images, make
+from small_diffusion import Net, TwoHalves, images, make
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -17,29 +17,10 @@ SCHEDULE = schedules.make("cosine", 20)
 LEARNED = (*LEARNED_VARIANCES, "learnable")
 
 
-class TwoHalves(Net):
-    """Twice the channels: a prediction, and v."""
-
-    def __init__(self, channels=2):
-        super().__init__(channels)
-        self.dropout = nn.Identity()
-        self.second = nn.Linear(channels, channels)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for p in self.second.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-
-    def forward(self, x, t):
-        v = self.second(x.movedim(1, -1)).movedim(-1, 1)
-        return torch.cat([super().forward(x, t), torch.tanh(v) - self.below], dim=1)
-
-    below = 0.0
-
-
 def learned(variance, **arguments):
     network = TwoHalves() if variance in LEARNED_VARIANCES else Net()
     if variance == "learned":
-        network.below = 4.0  # log sigma^2 itself
+        network.middle = -4.0  # log sigma^2 itself
     arguments = {"image_size": (4, 6), "timesteps": 20, "beta_schedule": "cosine", "variance": variance} | arguments
     diffusion = GaussianDiffusion(network, **arguments).eval()
     if diffusion.log_variance is not None:

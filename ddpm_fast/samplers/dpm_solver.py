@@ -10,7 +10,7 @@ from torch import Tensor
 from ..parameterization import x_start_rows
 from ..schedules import NoiseSchedule
 from .step_table import StepTable
-from .timesteps import abar_pairs, karras_timesteps
+from .timesteps import abar_pairs, karras_timesteps, lambda_steps
 
 
 def dpmpp_2m(schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None) -> StepTable:
@@ -69,7 +69,7 @@ def _multistep(
     """t, abar, abar', h and 1 / 2r of each step of DPM-Solver++(2M); 1 / 2r is 0 in the first and the last."""
     t = karras_timesteps(schedule, len(schedule) if steps is None else steps)
     abar, abar_next = abar_pairs(schedule, t)
-    h = ((abar_next / (1 - abar_next)).log() - (abar / (1 - abar)).log()) / 2
+    h = lambda_steps(abar, abar_next)
     half_ratio = torch.zeros_like(h)
     half_ratio[1:-1] = h[1:-1] / (2 * h[:-2])
     return t, abar, abar_next, h, half_ratio

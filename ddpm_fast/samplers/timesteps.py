@@ -72,6 +72,11 @@ def abar_pairs(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
     return abar, torch.cat([abar[1:], abar.new_ones(1)])
 
 
+def lambda_steps(abar: Tensor, abar_next: Tensor) -> Tensor:
+    """h = lambda' - lambda of each step, with lambda = log(a / s); infinite for the last one."""
+    return ((abar_next / (1 - abar_next)).log() - (abar / (1 - abar)).log()) / 2
+
+
 # Spacings: K timesteps of a schedule, falling
 
 

@@ -9,7 +9,7 @@ import torch
 from ..parameterization import x_start_rows
 from ..schedules import NoiseSchedule
 from .step_table import StepTable
-from .timesteps import abar_pairs, karras_timesteps
+from .timesteps import abar_pairs, karras_timesteps, lambda_steps
 
 
 def unipc(schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | None = None) -> StepTable:
@@ -39,7 +39,7 @@ def unipc(schedule: NoiseSchedule, objective: str, steps: int | Sequence[int] | 
     t = karras_timesteps(schedule, len(schedule) if steps is None else steps)
     abar, abar_next = abar_pairs(schedule, t)
     a, s, a_next, s_next = abar.sqrt(), (1 - abar).sqrt(), abar_next.sqrt(), (1 - abar_next).sqrt()
-    h = ((abar_next / (1 - abar_next)).log() - (abar / (1 - abar)).log()) / 2
+    h = lambda_steps(abar, abar_next)
     gain = -torch.expm1(-h)
     b = torch.zeros_like(h)
     b[1:] = a[1:] * gain[:-1] / 2
