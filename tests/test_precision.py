@@ -9,7 +9,7 @@ from test_config import changed
 from training_runs import assert_same_weights, losses, small, without_curve  # noqa: F401
 
 from ddpm_fast.app import cli, generate
-from ddpm_fast.training import checkpoint, precision, trainer
+from ddpm_fast.training import checkpoint, precision, report, trainer
 from ddpm_fast.training.config import check
 from ddpm_fast.training.run import RunError
 
@@ -134,12 +134,12 @@ def test_samples_are_computed_in_the_precision_that_is_asked_for(computes, tmp_p
 def test_previews_and_pictures_are_computed_as_the_training(computes, tmp_path, monkeypatch):
     computes(True)
     seen = []
-    original = trainer.sample_batches
+    original = report.sample_batches
 
     def sample_batches(run, *args, **kwargs):
         seen.append({p.dtype for p in run.diffusion.model.parameters()})
         return original(run, *args, **kwargs)
 
-    monkeypatch.setattr(trainer, "sample_batches", sample_batches)
+    monkeypatch.setattr(report, "sample_batches", sample_batches)
     trainer.train(small(), tmp_path / "run")
     assert seen == [{torch.bfloat16}] * 2

@@ -14,7 +14,7 @@ from training_runs import TINY, assert_same_weights, finished, losses, small, we
 
 from ddpm_fast.app import cli
 from ddpm_fast.diffusion import GaussianDiffusion
-from ddpm_fast.training import checkpoint, data, trainer
+from ddpm_fast.training import checkpoint, data, progress, trainer
 from ddpm_fast.training.config import check
 from ddpm_fast.training.run import RunError
 from ddpm_fast.training.signals import Stopped
@@ -148,7 +148,7 @@ def test_a_preview_that_is_due_at_the_resumed_step_is_drawn(tmp_path):
 
 
 def test_a_resumed_run_has_the_loss_of_the_whole_window(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "LOSS_POINTS", 4)  # windows of three steps
+    monkeypatch.setattr(progress, "LOSS_POINTS", 4)  # windows of three steps
     whole = trainer.train(small(), tmp_path / "whole")
     assert [step for step, _ in whole.metrics["history"]] == [3, 6, 9, 12]
     with monkeypatch.context() as patch:

@@ -9,7 +9,7 @@ from training_runs import assert_same_weights, small, without_curve  # noqa: F40
 
 from ddpm_fast.diffusion import GaussianDiffusion
 from ddpm_fast.noise import derive_seed
-from ddpm_fast.training import checkpoint, data, pictures, trainer
+from ddpm_fast.training import checkpoint, data, pictures, progress, trainer
 from ddpm_fast.training.config import build_diffusion
 from ddpm_fast.training.timestep_losses import STRETCHES, TimestepLosses, stretch_length
 
@@ -109,7 +109,7 @@ def test_a_run_has_the_losses_that_the_diffusion_gives_by_itself(tmp_path, chang
 @pytest.mark.parametrize("sampling", ["uniform", "loss_second_moment"])
 @pytest.mark.parametrize("stop", [3, 8, 70])
 def test_a_resumed_run_knows_what_the_uninterrupted_one_knows(tmp_path, monkeypatch, sampling, stop):
-    monkeypatch.setattr(trainer, "LOSS_POINTS", 1000)  # windows of one step, whatever the number of steps
+    monkeypatch.setattr(progress, "LOSS_POINTS", 1000)  # windows of one step, whatever the number of steps
     changes = {"training__timestep_sampling": sampling, "training__sample_every": 1000, "training__save_every": 100}
     changes |= {
         "diffusion__timesteps": 4,

@@ -12,7 +12,7 @@ from training_runs import finished, losses, small, weights, without_curve  # noq
 
 from ddpm_fast.diffusion import GaussianDiffusion
 from ddpm_fast.noise import derive_seed
-from ddpm_fast.training import data, trainer
+from ddpm_fast.training import data, report, trainer
 from ddpm_fast.training.config import ConfigError, build_diffusion, check, load
 from ddpm_fast.training.run import RunError
 
@@ -169,7 +169,7 @@ def test_a_preview_that_cannot_be_written_does_not_stop_the_training(tmp_path, c
     def full(images, path):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(trainer, "save_grid", full)
+    monkeypatch.setattr(report, "save_grid", full)
     result = trainer.train(small(training__steps=6), tmp_path / "run")
     assert result.metrics["steps"] == 6
     assert "no preview of step 5: no space left on device" in capsys.readouterr().out

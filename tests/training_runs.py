@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 from test_config import changed
 
-from ddpm_fast.training import checkpoint, run, trainer
+from ddpm_fast.training import checkpoint, report, run, trainer
 from ddpm_fast.training.config import RunConfig, check
 
 TINY = {"image_size": 8, "channels": 1, "dim": 8, "dim_mults": [1], "num_res_blocks": 1, "attention_resolutions": []}
@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
 def without_curve(monkeypatch):
     """Plots are drawn by `finished` alone: they take matplotlib longer than the rest of such a run."""
     for name in ("save_loss", "save_timestep_losses"):
-        monkeypatch.setattr(trainer, name, lambda *arguments: arguments[-1].touch())
+        monkeypatch.setattr(report, name, lambda *arguments: arguments[-1].touch())
 
 
 def weights(folder: Path, name: str) -> dict:

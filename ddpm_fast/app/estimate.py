@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..training.config import RunConfig, build_diffusion
+from ..training.optimization import make_optimizer
 from ..training.precision import autocast, chosen
-from ..training.trainer import make_optimizer, pick_device
+from ..training.run import pick_device
 
 SECONDS = 10  # that the timed steps take together, approximately
 STEPS = 4  # that are timed

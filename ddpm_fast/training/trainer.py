@@ -7,14 +7,12 @@ alone. So a run that was interrupted and resumed is the run that was not, bit fo
 # `load_run` is defined in run, the optimizer's functions in optimization, and were found here before.
 __all__ = ["Trainer", "ema_decay", "load_run", "lr_factor", "make_optimizer", "set_lr", "train", "update_average"]
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..diffusion import GaussianDiffusion
-from ..info import versions
 from ..noise import derive_seed
 from ..timestep_sampling import TIMESTEP_SAMPLERS
 from . import checkpoint
@@ -32,18 +29,15 @@ from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
 from .graphed_step import GraphedStep
 from .optimization import ema_decay, lr_factor, make_optimizer, set_lr, update_average
-from .pictures import save_grid, save_loss, save_timestep_losses
 from .precision import autocast, chosen
-from .run import Run, RunError, load_run, pick_device, sample_batches, weights_of
+from .progress import Losses, Progress, StepLosses
+from .report import preview_path, write_preview, write_report
+from .run import Run, RunError, load_run, pick_device, weights_of
 from .signals import Stopped, deferred_signals
 from .timestep_losses import TimestepLosses
 
 STEP = 1  # what the seed is used for: everything that a step draws except the noise
 NOISE = 2  # and the noise of the training, which must differ from that of samples with the same seed
-PREVIEW_STEPS = 50  # of DDIM
-LOSS_POINTS = 200  # of the curve in metrics.json, at least
-LONGEST_WINDOW = 50  # steps between two points of the curve
-NAMED = 10  # timesteps of a step that is skipped, at most
 
 
 def train(config: RunConfig, folder: str | Path, *, resume: bool = False) -> Run:
@@ -76,37 +70,6 @@ def train(config: RunConfig, folder: str | Path, *, resume: bool = False) -> Run
         return trainer.run()
 
 
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        step: how many have been taken.
-        history: (step, mean loss since the point before it).
-        recent: the losses since the last point of `history`.
-        seconds: spent on the steps.
-        skipped_steps: how many of the steps had a loss or a gradient that was not finite, and changed no weights; they
-            are in neither `history` nor `recent`.
-        skipped_in_a_row: how many of them were the last ones.
-    """
-
-    step: int = 0
-    history: list[tuple[int, float]] = field(default_factory=list)
-    recent: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-
-
-class StepLosses(NamedTuple):
-    """What is known of a step on the device."""
-
-    loss: Tensor  # ()
-    skipped: Tensor  # (), of `GraphedStep`
-    losses: Tensor  # (N,), of the samples
-    t: Tensor  # (N,)
-
-
 class Trainer:
     """A run in progress: the network, its optimizer and its average (EMA).
 
@@ -129,10 +92,9 @@ class Trainer:
         self._sample_offset = torch.zeros((), dtype=torch.int64, device=self.device)
         self._set_precision(chosen(config.training.precision, self.device))
         self.progress = Progress()
+        self.losses = Losses(self.progress, config.training, folder)
         self.result = Run(folder, config, self.ema.module)
         self._noise_seed = derive_seed(config.seed, NOISE)
-        self._window = max(1, min(LONGEST_WINDOW, config.training.steps // LOSS_POINTS))
-        self._pending: list[StepLosses] = []  # that have not been read
         self._saved, self._started = 0, 0.0
 
     def _set_precision(self, precision: str) -> None:
@@ -154,7 +116,7 @@ class Trainer:
         bar = tqdm(desc="training", total=c.steps, initial=first, unit="step")
         due = False
         with deferred_signals() as stopped, bar, closing(batches(self.data, order, workers=c.workers)) as images:
-            if 0 < first < c.steps and not self._preview_path().exists():
+            if 0 < first < c.steps and not preview_path(self.folder, first).exists():
                 self.preview_if_due(stopped)  # the run ended between saving this step and its preview
             while p.step < c.steps:
                 self.step(self._next(images))
@@ -163,8 +125,8 @@ class Trainer:
                     bar.disable = True  # the terminal may be closed
                 ending = signal is not None or p.step == c.steps
                 due = due or p.step % c.save_every == 0
-                if ending or due or p.step % self._window == 0:
-                    bar.set_postfix(loss=f"{self.read_losses():.4f}", refresh=False)
+                if ending or due or p.step % self.losses.window == 0:
+                    bar.set_postfix(loss=f"{self.losses.read():.4f}", refresh=False)
                 bar.update()
                 # Weights that give no finite loss must not replace those of older checkpoints.
                 if ending or (due and not p.skipped_in_a_row):
@@ -190,7 +152,7 @@ class Trainer:
         set_lr(self.optimizer, c.lr * lr_factor(step, c))
         self.timestep_losses.begin(step)
         loss, losses, t = self._update(images)
-        self._pending.append(StepLosses(loss, self._update.skipped, losses, t))
+        self.losses.pending.append(StepLosses(loss, self._update.skipped, losses, t))
         # Outside of the graph: the decay is another in each step, and a foreach op takes it from the host.
         update_average(self.ema, self.diffusion, ema_decay(step, c) if step else 0.0)
         self.progress.step += 1
@@ -213,46 +175,6 @@ class Trainer:
         """What the run knows of the losses at its timesteps, by the names that a checkpoint has for it."""
         modules = {"timestep_losses": self.timestep_losses, "timestep_sampler": self.timestep_sampler}
         return nn.ModuleDict(modules).state_dict()
-
-    def read_losses(self) -> float:
-        """Reads the losses of the steps since the last call, of which there is at least one.
-
-        A step that was skipped is told. At the end of a window, a point is added to the history.
-
-        Returns:
-            The loss of the last step.
-
-        Raises:
-            RunError: `training.max_skipped` steps in a row were skipped.
-        """
-        p, pending, self._pending = self.progress, self._pending, []
-        losses = torch.stack([of_step.loss for of_step in pending]).tolist()
-        skipped = torch.stack([of_step.skipped for of_step in pending]).tolist()
-        steps = range(p.step - len(pending) + 1, p.step + 1)
-        for step, loss, was_skipped, of_step in zip(steps, losses, skipped, pending, strict=True):
-            if was_skipped or not math.isfinite(loss):  # with a scaler, it has skipped the step and does not say so
-                self._tell_skipped(step, loss, of_step)
-            else:
-                p.recent.append(loss)
-                p.skipped_in_a_row = 0
-        if p.recent and (p.step % self._window == 0 or p.step == self.config.training.steps):
-            p.history.append((p.step, sum(p.recent) / len(p.recent)))
-            p.recent = []
-        return losses[-1]
-
-    def _tell_skipped(self, step: int, loss: float, of_step: StepLosses) -> None:
-        p, limit = self.progress, self.config.training.max_skipped
-        p.skipped_steps += 1
-        p.skipped_in_a_row += 1
-        t, losses = of_step.t.tolist(), of_step.losses.tolist()
-        bad = {at for at, value in zip(t, losses, strict=True) if not math.isfinite(value)}
-        named = sorted(bad or set(t))
-        shown = ", ".join(map(str, named[:NAMED])) + (f" and {len(named) - NAMED} more" if len(named) > NAMED else "")
-        what = "the norm of the gradients is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-        tqdm.write(f"step {step}: {what} at the timesteps {shown}; the update is skipped")
-        if p.skipped_in_a_row >= limit:
-            so_far = f", and the last {limit} updates are skipped" if limit > 1 else ""
-            raise RunError(f"{what} at step {step}{so_far}; {checkpoint.advice(self.folder)}")
 
     def save(self) -> None:
         """Writes a checkpoint, metrics.json and the plots of the loss."""
@@ -302,35 +224,15 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.ema.n_averaged.fill_(first)
         self.progress = Progress(**{each.name: state[each.name] for each in fields(Progress)})
+        self.losses = Losses(self.progress, self.config.training, self.folder)
         self._saved = first
 
     def report(self) -> None:
-        """Writes metrics.json, loss.png and loss_by_timestep.png."""
-        p, c = self.progress, self.config.training
-        last = [loss for _, loss in p.history[-10:]] or p.recent
-        curve = self.timestep_losses.curve(p.step)
-        self.result.metrics = {
-            "loss": sum(last) / len(last) if last else None,
-            "steps": p.step,
-            "images_per_second": round(p.step * c.batch_size / p.seconds, 1) if p.seconds else None,
-            "seconds": round(p.seconds, 1),
-            "seed": self.config.seed,
-            "device": str(self.device),
-            "precision": self.precision,
-            "versions": versions(),
-            "skipped_steps": p.skipped_steps,
-            "loss_by_timestep": curve,
-            "history": p.history,
-        }
-        self.result.write_metrics()
-        save_loss(p.history, self.folder / "loss.png")
-        length, means = self.timestep_losses.image(p.step)
-        timesteps = self.diffusion.num_timesteps
-        save_timestep_losses(curve, means, length, timesteps, self.folder / "loss_by_timestep.png")
+        write_report(self.result, self.progress, self.timestep_losses, self.precision)
 
     def preview_if_due(self, stopped: Callable[[], int | None]) -> None:
         """Writes previews/step-*.png every `sample_every` steps. If that fails, the training goes on."""
-        step, path = self.progress.step, self._preview_path()
+        step = self.progress.step
         if step % self.config.training.sample_every:
             return
 
@@ -339,21 +241,13 @@ class Trainer:
                 raise InterruptedError("stopped")
 
         began = time.perf_counter()
-        how = {"sampler": "ddim", "steps": min(PREVIEW_STEPS, self.diffusion.num_timesteps), "eta": 0.0}
         try:
-            run = self.result.in_precision(self.precision)
-            drawn = sample_batches(run, 16, seed=self.config.seed, report=give_up, **how)
-            images = torch.cat([images for _, images in drawn])
-            path.parent.mkdir(exist_ok=True)
-            save_grid(images, path)
+            write_preview(self.result, preview_path(self.folder, step), self.precision, give_up)
         except InterruptedError:
             pass  # to be drawn when the run goes on
         except (OSError, RunError) as error:
             tqdm.write(f"no preview of step {step}: {error}")
         self._started += time.perf_counter() - began
-
-    def _preview_path(self) -> Path:
-        return self.folder / "previews" / f"step-{self.progress.step:08d}.png"
 
     def _next(self, images: Iterator[Tensor]) -> Tensor:
         """The next batch. If it cannot be read, the steps taken so far are saved before the error is raised."""
@@ -361,8 +255,8 @@ class Trainer:
             return next(images)
         except Exception:
             if self.progress.step > self._saved:
-                if self._pending:
-                    self.read_losses()
+                if self.losses.pending:
+                    self.losses.read()
                 self.save()
             raise
 
