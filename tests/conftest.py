@@ -30,9 +30,11 @@ for name, examples in EXAMPLES.items():
 def pytest_addoption(parser):
     parser.addoption("--update-budgets", action="store_true", help="write tests/budgets.toml instead of comparing")
     parser.addoption("--all-architectures", action="store_true", help="simulate kernels for all architectures")
+    parser.addoption("--long", action="store_true", help="run the tests that are marked as long, too")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes longer than ten seconds; run with --long")
     if config.getoption("all_architectures") or config.getoption("update_budgets"):
         architectures.choose_all()
 
@@ -48,9 +50,13 @@ def pytest_xdist_auto_num_workers(config):
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The tests that take longest come first: if the last process began with them, the others would wait for it."""
-    items.sort(key=lambda item: "triton_kernels" not in item.nodeid)
+    items.sort(key=lambda item: "triton_kernels" not in item.nodeid and "long" not in item.keywords)
+    if not config.getoption("long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes longer than ten seconds: --long"))
 
 
 def pytest_make_parametrize_id(val):
