@@ -59,7 +59,6 @@ def elements_of_a_thread(name, layout, types, warps):
     return 1024 // (32 * warps)
 
 
-@functools.cache
 def norms(cc):
     """ "what, dtype" -> what the forward and the backward pass have launched, or the recomputation between them."""
     found = {}
@@ -80,16 +79,7 @@ def norms(cc):
 
 
 @needs_ptxas
-@everywhere
-def test_no_kernel_of_a_norm_spills_its_registers(cc):
-    spilling = {
-        (case, one.stats.kernel) for case, launched in norms(cc).items() for one in launched if one.report.spills
-    }
-    assert not spilling
-
-
-@needs_ptxas
-def test_no_kernel_uses_more_of_the_machine_than_its_budget(request):
+def test_no_kernel_spills_or_uses_more_of_the_machine_than_its_budget(request):
     rows = {}
     for cc in architectures.chosen:
         for case, one in elementwise_kernels(cc).items():
