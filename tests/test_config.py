@@ -149,7 +149,7 @@ def test_values_that_do_not_fit_one_another_are_refused(values, message):
         build_diffusion(check(values))
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10", "celebahq256"])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "fashion_mnist_hybrid", "cifar10", "celebahq256"])
 def test_shipped_configs_are_valid_and_build(name):
     config = load(name)
     with torch.device("meta"):
