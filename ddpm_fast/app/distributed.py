@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from tqdm.auto import tqdm
 
 from ..training.run import RunError
 
@@ -77,6 +78,38 @@ class Processes:
         lists = [None] * self.count if self.rank == 0 else None
         dist.gather_object(mine, lists, group=self._group, group_dst=0)
         return [item for items in lists or [] for item in items]
+
+    def share(self, value: Any) -> Any:
+        """Returns the value of the first process in all processes.
+
+        Raises:
+            RunError: one of the processes has ended.
+        """
+        self.wait(lambda: None)  # until it is there: Ctrl-C does not interrupt a broadcast
+        if self._group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self._group, group_src=0)
+        return values[0]
+
+    def map_batches(self, n: int, size: int, function: Callable[[int, int], Any], name: str) -> list[Any]:
+        """Calls a function with the first index and the end of each batch of n images; the processes share the batches.
+
+        Args:
+            size: of a batch. Batch k belongs to process k mod `count`.
+            name: of the progress bar, which the first process shows.
+
+        Returns:
+            The results in the order of the batches in the first process, and an empty list in the others.
+
+        Raises:
+            RunError: one of the processes has ended.
+        """
+        mine = range(self.rank * size, n, self.count * size)
+        bar = tqdm(mine, name, unit="batch", disable=self.rank > 0)
+        found = [(first, function(first, min(first + size, n))) for first in bar]
+        self.wait(lambda: None)
+        return [result for _, result in sorted(self.gather(found), key=lambda pair: pair[0])]
 
 
 @contextmanager
