@@ -111,13 +111,22 @@ def evaluate(options: argparse.Namespace) -> None:
     from ..training.run import load_run
     from .evaluate import evaluate
 
+    of_samples = ("n", "sampler", "steps", "spacing", "features", "inception_weights")
+    chosen = {name: getattr(options, name) for name in (*of_samples, "real", "seed", "precision", "bound_images")}
+    if options.n is None:
+        del chosen["n"]
+    if options.real is False and any(map(chosen.get, of_samples)):
+        sys.exit(
+            f"ddpm-fast evaluate: {', '.join(of_samples)} are for samples, which are compared with real images: "
+            "add --real or --real DATA; the bound has --bound-images and --bound-steps"
+        )
     run = load_run(expanded(options.run))
-    chosen = {name: getattr(options, name) for name in ("n", "seed", "precision", "real")}
     try:
-        found = evaluate(run, steps=options.steps or None, **chosen)
+        report = evaluate(run, bound_steps=options.bound_steps or None, **chosen)
     except ValueError as error:
         sys.exit(f"ddpm-fast evaluate: {error}")
-    print(f"{found}\nsee {run.folder / 'likelihood.png'}")
+    if report is not None:
+        print(f"\n{report}\nsee {run.folder / 'report.png'}")
 
 
 def estimate(options: argparse.Namespace) -> None:
@@ -190,6 +199,20 @@ def _parser() -> argparse.ArgumentParser:
             help="that the network is computed in (default: auto, which is bf16 where the device computes in it)",
         )
 
+    def sampling_arguments(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--sampler",
+            choices=(*samplers.SAMPLERS, "fitted"),
+            help="default: diffusion.sampler of the run's config; if that is null, ddpm for all steps, and for fewer, "
+            "dpmpp_2m with --steps and ddim without",
+        )
+        to.add_argument("--steps", type=int, help="default: diffusion.sampling_timesteps of the run's config")
+        to.add_argument(
+            "--spacing",
+            choices=tuple(samplers.SPACINGS),
+            help="of the timesteps; default: diffusion.spacing of the run's config; if that is null, the sampler's own",
+        )
+
     p = command(demo, "demo", "Train on scanned digits and sample, in three minutes on a laptop's CPU.")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
 
@@ -211,18 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="image i of a seed does not depend on how many are sampled (default: 0)",
     )
-    p.add_argument(
-        "--sampler",
-        choices=(*samplers.SAMPLERS, "fitted"),
-        help="default: diffusion.sampler of the run's config; if that is null, ddpm for all steps, and for fewer, "
-        "dpmpp_2m with --steps and ddim without",
-    )
-    p.add_argument("--steps", type=int, help="default: diffusion.sampling_timesteps of the run's config")
-    p.add_argument(
-        "--spacing",
-        choices=tuple(samplers.SPACINGS),
-        help="of the timesteps; default: diffusion.spacing of the run's config; if that is null, the sampler's own",
-    )
+    sampling_arguments(p)
     precision_argument(p)
     p.add_argument(
         "--out",
@@ -238,23 +250,53 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the noises (default: 0)")
     precision_argument(p)
 
-    p = command(evaluate, "evaluate", "The variational bound of images under a trained model, in bits/dim.")
+    p = command(
+        evaluate,
+        "evaluate",
+        "How good a trained model is: the variational bound of real images in bits/dim, and with --real the FID, KID, "
+        "precision and recall of its samples.",
+    )
     run_argument(p)
     p.add_argument(
         "--real",
-        metavar="PATH",
-        type=Path,
-        help="the images: a file or folder of the kind that the run was trained on (default: those of the training)",
+        metavar="DATA",
+        nargs="?",
+        const=True,
+        default=False,
+        help="real images to compare with: a folder of images, an IDX file, or without DATA those of the training",
     )
-    p.add_argument("-n", type=int, default=1000, help="number of images (default: %(default)s)")
+    p.add_argument("-n", type=int, help="number of samples; 0 for the bound alone (default: 50000 with --real)")
+    p.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: 0)")
+    sampling_arguments(p)
+    precision_argument(p)
     p.add_argument(
-        "--steps",
+        "--bound-images",
+        metavar="N",
+        type=int,
+        default=1000,
+        help="number of real images whose bound is computed; 0 for no bound (default: %(default)s)",
+    )
+    p.add_argument(
+        "--bound-steps",
+        metavar="K",
         type=int,
         default=100,
-        help="timesteps that are evaluated for each image, drawn by the seed; 0 for all (default: %(default)s)",
+        help="timesteps that are evaluated for each of them; 0 for all (default: %(default)s)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the noise, the timesteps and the images (default: 0)")
-    precision_argument(p)
+    network = p.add_mutually_exclusive_group()
+    network.add_argument(
+        "--inception-weights",
+        metavar="FILE",
+        type=Path,
+        help="torch-fidelity's weights of Inception v3 (default: where it has them, downloaded if they are not there)",
+    )
+    network.add_argument(
+        "--features",
+        metavar="FILE",
+        type=Path,
+        help="a TorchScript file, which is code that is run, with another network for the features: uint8 images, "
+        "(N, 3, H, W), to features, (N, D)",
+    )
 
     command(info.main, "info", "Versions, devices and backends, and why a backend is missing.")
 

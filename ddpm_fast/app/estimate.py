@@ -1,6 +1,6 @@
 """The time and the memory that a run will take, measured over a few of its steps."""
 
-__all__ = ["SavedActivations", "estimate"]
+__all__ = ["SavedActivations", "duration", "estimate"]
 
 import statistics
 import sys
@@ -77,7 +77,7 @@ def estimate(config: RunConfig) -> str:
         "network": f"{parameters:,} parameters",
         "device": f"{device}, {precision}",
         "step": f"{seconds:.3g} s for {batch} images{scaled}",
-        "run": f"{_duration(seconds * config.training.steps)} for {config.training.steps:,} steps",
+        "run": f"{duration(seconds * config.training.steps)} for {config.training.steps:,} steps",
         "memory": f"at least {memory / 2**30:.2f} GiB: {weights}, and {saved / 2**20:.1f} MiB for each image",
         "peak": _peak(device, n),
     }
@@ -122,7 +122,8 @@ def _peak(device: torch.device, images: int) -> str:
     return f"{peak / 2**30:.2f} GiB during these steps, with {images} images"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words, in the largest unit of which there are two."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

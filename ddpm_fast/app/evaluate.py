@@ -1,136 +1,231 @@
-"""How well a trained model explains images: the variational bound, in bits/dim."""
+"""How good a trained model is: distances between its samples and real images, and the bound of real images."""
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["evaluate"]
 
-import json
-import math
-from dataclasses import asdict, dataclass
+import os
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from ..training.config import DataConfig, DigitsData
-from ..training.data import DataError, open_data
-from ..training.files import write_text
-from ..training.pictures import save_bound
-from ..training.run import Run
+from ..info import versions
+from ..training import checkpoint
+from ..training.config import DataConfig, FolderData, IdxData, expanded
+from ..training.data import DataError, ImageFiles, ImageTensor, open_data
+from ..training.pictures import to_uint8
+from ..training.run import Run, sample_batches, sampling_bar
+from .bound import bound_of
+from .distances import LEAST, distances
+from .distributed import Processes, joined
+from .features import BATCH, FeatureError, FeatureNetwork, inception, torchscript
+from .forecast import announce, seconds_of_features, seconds_of_network
+from .reference import Reference
+from .report import Report, Samples
 
-BINS = 50  # of timesteps, in likelihood.json
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over n images, in bits/dim unless they say otherwise, and standard errors of these means.
-
-    Attributes:
-        data: what the images are of.
-        steps: the timesteps that were evaluated for each image.
-        total, total_error: the variational bound.
-        prior: L_T; transitions: the sum of L_1 ... L_{T-1}; reconstruction: L_0.
-        nats: the bound of a whole image, in nats.
-        curve: (first, last, term, x_start_mse, eps_mse) of ranges of timesteps: the mean term of one timestep, and
-            mean squared errors of x0_hat and eps.
-    """
-
-    data: str
-    n: int
-    steps: int
-    total: float
-    total_error: float
-    prior: float
-    transitions: float
-    reconstruction: float
-    nats: float
-    precision: str
-    curve: list[tuple[int, int, float, float, float]]
-
-    def __str__(self) -> str:
-        rows = {
-            "bits/dim, at most": f"{self.total:.4f} +- {self.total_error:.4f}",
-            "  L_T, the prior": f"{self.prior:.2g}",
-            "  L_1 ... L_{T-1}": f"{self.transitions:.4f}",
-            "  L_0, the decoder": f"{self.reconstruction:.4f}",
-            "nats an image": f"{self.nats:.1f}",
-        }
-        width = max(map(len, rows))
-        lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
-        return "\n".join([f"{self.n} images of {self.data}, {self.steps} timesteps each, {self.precision}", *lines])
+SHOWN = 16  # images in the picture
 
 
 def evaluate(
     run: Run,
     *,
-    real: str | Path | None = None,
-    n: int = 1000,
-    steps: int | None = 100,
+    real: str | Path | bool = False,
+    n: int = 50_000,
     seed: int = 0,
+    sampler: str | None = None,
+    steps: int | None = None,
+    spacing: str | None = None,
     precision: str = "auto",
-) -> Evaluation:
-    """The variational bound of images under a trained model; writes likelihood.json and likelihood.png into its folder.
+    bound_images: int = 1000,
+    bound_steps: int | None = 100,
+    inception_weights: Path | None = None,
+    features: Path | None = None,
+) -> Report | None:
+    """Samples from a trained model, compares the samples with real images, and bounds -log p of real images.
+
+    Prints how long it will take before it begins, and writes report.json and report.png into the folder of the run. If
+    a launcher has started several processes, all of them call this function and share the work.
+
+    Samples are rounded to uint8. Neither they nor the real images are kept, except for those in the picture; the
+    features of all are in the memory of the first process. The features of the real images are kept in a file.
 
     Args:
-        real: the images, in a file or folder of the kind that the run was trained on; None for those of the training,
-            whose bound is lower than that of images which the model has not seen.
-        n: how many of them, chosen by the seed; all, if there are fewer.
-        steps: timesteps that are evaluated for each image; None for all. See `GaussianDiffusion.likelihood`.
+        real: the real images, in an IDX file or a folder, or True for those of the training. False for no samples: the
+            bound alone, of the images of the training, which is lower than that of images which the model has not seen.
+        n: how many images are sampled; 0 for the bound alone.
+        seed: of all noise, and of the images and timesteps of the bound.
+        sampler, steps, spacing: as in `GaussianDiffusion.sample`.
         precision: that the network is computed in: `auto`, `fp32`, `bf16` or `fp16`. The bound is float32.
+        bound_images: of how many images, chosen by the seed, the bound is computed: all, if there are fewer; 0 for no
+            bound.
+        bound_steps: timesteps that are evaluated for each image; None for all. See `GaussianDiffusion.likelihood`.
+        inception_weights: see `inception`.
+        features: a TorchScript file with another feature network; see `torchscript`.
+
+    Returns:
+        The report in the first process, None in the others.
 
     Raises:
-        DataError: the images cannot be read, or are of another size.
-        ValueError: n below 2, or steps that cannot be.
+        DataError: the real images cannot be read, or are of another size.
+        FeatureError: the feature network cannot be had.
+        PermissionError: the folder of the run cannot be written.
+        RunError: another process has ended, or an image has values that are not finite.
+        ValueError: a number of images, or steps or a seed that cannot be.
     """
-    if n < 2:
-        raise ValueError(f"the number of images must be at least 2, got {n}")
-    config = _data(run.config.data, real)
+    n = 0 if real is False else n
+    _check_numbers(n, bound_images)
+    if not os.access(run.folder, os.W_OK):  # found out now, and not after hours
+        raise PermissionError(f"{run.folder}: no report can be written into this folder")
+    name, data = _open(run, real)
+    if len(data) < (least := LEAST if n else 2):
+        raise DataError(f"{name}: an evaluation needs at least {least} real images, got {len(data)}")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    bounded = order[:bound_images]
+    table = run.diffusion.step_table(sampler, steps, spacing=spacing)
+    run.diffusion.noise_source(run.diffusion.betas, seed)  # validates the seed
+    how = {"seed": seed, "sampler": sampler, "steps": steps, "spacing": spacing}
+    run = run.in_precision(precision)
+    network, bound, strips = None, None, {}
+
+    with joined() as processes:
+        is_first = processes.rank == 0
+        if n:
+            network = _feature_network(features, inception_weights, run, processes)
+            reference = Reference(data, network)
+            expected = reference.load() if is_first else None
+            unknown = len(data) if processes.share(expected is None) else 0
+        if is_first:
+            per_image = run.diffusion.num_timesteps if bound_steps is None else bound_steps
+            calls = {
+                f"{n:,} samples": n * len(table),
+                f"the bound of {len(bounded):,} images": len(bounded) * per_image,
+            }
+            times = seconds_of_network(run, calls, how, processes.count)
+            if network:
+                times |= seconds_of_features(network, data, n, unknown, processes.count)
+            announce(times, min(n, len(data)) if n else None)
+        if bounded:
+            bound = bound_of(run, data, bounded, processes, steps=bound_steps, seed=seed)
+        if network and unknown:
+            expected = _features_of(data, network, processes)
+            if is_first:
+                reference.save(expected)
+        if network:
+            found, shown = _sampled(run, network, n, how, processes)
+            strips = {"samples": shown, "real images": data[order[:SHOWN]]}
+    if not is_first:
+        return None
+    samples = None
+    if network:
+        samples = Samples(
+            n=n,
+            real=len(data),
+            sampler=run.diffusion._sampler_name(sampler, steps, None),
+            steps=len(table),
+            spacing=spacing or run.diffusion.spacing,
+            features=network.name,
+            features_sha256=network.sha256,
+            distances=distances(found, expected),
+        )
+    report = Report(
+        data=name,
+        checkpoint=checkpoint.latest(run.folder).name,
+        seed=seed,
+        precision=next(str(p.dtype).removeprefix("torch.") for p in run.diffusion.model.parameters()),
+        samples=samples,
+        bound=bound,
+        versions=versions() | ({"torch-fidelity": version("torch-fidelity")} if network else {}),
+    )
+    report.save(run.folder, strips)
+    return report
+
+
+def _check_numbers(n: int, bound_images: int) -> None:
+    if n and n < LEAST:
+        raise ValueError(f"the number of samples must be at least {LEAST}, or 0 for none; got {n}")
+    if bound_images and bound_images < 2:
+        raise ValueError(f"the images of the bound must be at least 2, or 0 for no bound; got {bound_images}")
+    if not n and not bound_images:
+        raise ValueError("there is nothing to evaluate: no samples, and no images for the bound")
+
+
+def _open(run: Run, real: str | Path | bool) -> tuple[str, ImageTensor | ImageFiles]:
+    """The real images, and what they are called.
+
+    Raises:
+        DataError: they cannot be read, or are of another size than the samples.
+    """
+    channels, (height, width) = run.diffusion.channels, run.diffusion.image_size
+    config: DataConfig = run.config.data
+    if not isinstance(real, bool):
+        path = expanded(Path(real))
+        if not path.is_dir():
+            config = IdxData(name="idx", path=path)
+        elif channels in (1, 3):
+            config = FolderData(name="folder", path=path, image_size=height, channels=channels)
+        else:
+            raise DataError(
+                f"{path}: the files in a folder are images of 1 or 3 channels, and the model has {channels}"
+            )
     data = open_data(config)
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n].tolist()
-    wanted, given = (run.diffusion.channels, *run.diffusion.image_size), tuple(data[chosen[:1]].shape[1:])
+    wanted, given = (channels, height, width), tuple(data[[0]].shape[1:])
     if given != wanted:
         raise DataError(f"the images are {given} (channels, H, W), and the model takes {wanted}")
-    reduced = run.in_precision(precision)
-    diffusion, size = reduced.diffusion, run.config.training.batch_size
-    found = []
-    for first in tqdm(range(0, len(chosen), size), "evaluating", unit="batch"):
-        images = data[chosen[first : first + size]].to(diffusion.device)
-        found.append(diffusion.likelihood(images, steps=steps, seed=seed, sample_offset=first))
-    total, prior, vb, t, x_start_mse, eps_mse = (
-        torch.cat([getattr(part, name) for part in found]).double().cpu()
-        for name in ("total_bpd", "prior_bpd", "vb", "t", "x_start_mse", "eps_mse")
-    )
-    mean, reconstruction = total.mean().item(), vb[:, 0].mean().item()
-    evaluation = Evaluation(
-        data=str(getattr(config, "path", config.name)),
-        n=len(chosen),
-        steps=vb.shape[1],
-        total=mean,
-        total_error=total.std().item() / math.sqrt(len(chosen)),
-        prior=prior.mean().item(),
-        transitions=mean - prior.mean().item() - reconstruction,
-        reconstruction=reconstruction,
-        nats=mean * found[0].size * math.log(2),
-        precision=next(str(p.dtype).removeprefix("torch.") for p in diffusion.model.parameters()),
-        curve=_curve(t.long(), torch.stack([vb, x_start_mse, eps_mse]), diffusion.num_timesteps),
-    )
-    write_text(run.folder / "likelihood.json", json.dumps(asdict(evaluation), indent=2) + "\n")
-    save_bound(evaluation.curve, run.folder / "likelihood.png")
-    return evaluation
+    return str(config.path) if isinstance(config, IdxData | FolderData) else config.name, data
 
 
-def _data(config: DataConfig, real: str | Path | None) -> DataConfig:
-    if real is None:
-        return config
-    if isinstance(config, DigitsData):
-        raise DataError(f"the run was trained on the digits, which come with scikit-learn and not from {real}")
-    return config.model_copy(update={"path": Path(real)})
+def _feature_network(
+    features: Path | None, inception_weights: Path | None, run: Run, processes: Processes
+) -> FeatureNetwork:
+    """The network in every process, in the first one first: it may have to download weights for all."""
+    try:
+        import torch_fidelity  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another version of torch
+        raise FeatureError(f'distances need torch-fidelity: pip install "ddpm_fast[evaluate]" ({error})') from None
+    if run.diffusion.channels not in (1, 3):
+        raise FeatureError(
+            f"feature networks take images of 1 or 3 channels, and the model has {run.diffusion.channels}"
+        )
+
+    def load() -> FeatureNetwork:
+        if features is not None:
+            return torchscript(expanded(features), run.diffusion.device)
+        return inception(inception_weights and expanded(inception_weights), run.diffusion.device)
+
+    network = load() if processes.rank == 0 else None
+    processes.share(None)
+    return network or load()
 
 
-def _curve(t: torch.Tensor, values: torch.Tensor, timesteps: int) -> list[tuple[int, int, float, float, float]]:
-    """Means of the values, (3, N, K), over ranges of timesteps, finer towards t = 0; those without any are left out."""
-    ends = torch.logspace(0, math.log10(timesteps), BINS + 1, dtype=torch.float64).round().long().unique()
-    curve = []
-    for first, end in zip([0, *ends.tolist()], ends.tolist(), strict=False):
-        inside = (t >= first) & (t < end)
-        if inside.any():
-            curve.append((first, end - 1, *(value[inside].mean().item() for value in values)))
-    return curve
+def _features_of(data: ImageTensor | ImageFiles, network: FeatureNetwork, processes: Processes) -> Tensor | None:
+    """Of all images of a data set, (N, D), in the first process; None in the others."""
+
+    def features(first: int, end: int) -> Tensor:
+        return network(data[list(range(first, end))])
+
+    found = processes.map_batches(len(data), BATCH, features, "features of real images")
+    return torch.cat(found) if found else None
+
+
+def _sampled(
+    run: Run, network: FeatureNetwork, n: int, how: dict[str, Any], processes: Processes
+) -> tuple[Tensor | None, Tensor | None]:
+    """The features of all samples, (N, D), and some of the samples, uint8, in the first process; None in the others."""
+    steps = len(run.diffusion.step_table(how["sampler"], how["steps"], spacing=how["spacing"]))
+    mine, shown = [], []
+    with sampling_bar(n, disable=processes.rank > 0) as bar:
+
+        def report(done: int = 0) -> None:
+            bar.update(processes.add(done) / steps - bar.n)
+
+        share = {"rank": processes.rank, "count": processes.count, "report": report}
+        for first, images in sample_batches(run, n, **how, **share):
+            pixels = to_uint8(images)
+            mine.append((first, network(pixels)))
+            shown += list(pixels[: SHOWN - len(shown)].clone())
+        processes.wait(report)
+    every = sorted(processes.gather(mine), key=lambda batch: batch[0])
+    if processes.rank > 0:
+        return None, None
+    return torch.cat([features for _, features in every]), torch.stack(shown)

@@ -1,11 +1,21 @@
 """Picture files: images, grids of images, and curves."""
 
-__all__ = ["PictureError", "save_bound", "save_grid", "save_images", "save_loss", "save_timestep_losses", "to_uint8"]
+__all__ = [
+    "PictureError",
+    "save_evaluation",
+    "save_grid",
+    "save_images",
+    "save_loss",
+    "save_timestep_losses",
+    "to_uint8",
+]
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -115,16 +125,41 @@ def save_loss(history: list[tuple[int, float]], path: str | Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def save_bound(curve: list[tuple[int, int, float, float, float]], path: str | Path) -> None:
-    """Plots the terms of the variational bound, and the errors of x0_hat and eps, over the timesteps.
+def save_evaluation(
+    text: str, curve: list[tuple[int, int, float, float, float]], strips: dict[str, Tensor], path: str | Path
+) -> None:
+    """Saves the figures of an evaluation, plots of the variational bound and rows of images as one PNG file.
 
     Args:
-        curve: (first timestep, last, term in bits/dim, mean squared error of x0_hat, and of eps) for each range.
+        text: the figures.
+        curve: (first timestep, last, term in bits/dim, mean squared error of x0_hat, and of eps) for each range of
+            timesteps; if there are none, no plots.
+        strips: titles, and up to 16 images each, uint8, (N, C, H, W), of 1 or 3 channels.
     """
     from matplotlib.figure import Figure
 
+    width, lines = 10, 1 + text.count("\n")  # inches
+    parts = [(0.15 + 0.17 * lines, partial(_draw_text, text=text))]
+    if curve:
+        parts.append((3.4, partial(_draw_bound, curve=curve)))
+    for title, images in strips.items():
+        row = _row(images)
+        parts.append((0.3 + width * row.shape[0] / row.shape[1], partial(_draw_row, title=title, row=row)))
+    heights = [height for height, _ in parts]
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for row, (_, draw) in zip(rows, parts, strict=True):
+        draw(row)
+    with _replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _draw_text(figure: Any, text: str) -> None:
+    figure.text(0.01, 0.98, text, family="monospace", fontsize=9, verticalalignment="top")
+
+
+def _draw_bound(figure: Any, curve: list[tuple[int, int, float, float, float]]) -> None:
     t = [1 + (first + last) / 2 for first, last, *_ in curve]
-    figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.loglog(t, [row[2] for row in curve])
     left.set(xlabel="t + 1", ylabel="bits/dim of one timestep")
@@ -134,8 +169,21 @@ def save_bound(curve: list[tuple[int, int, float, float, float]], path: str | Pa
     right.legend()
     for axes in (left, right):
         axes.grid(which="both", alpha=0.3)
-    with _replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _row(images: Tensor) -> Tensor:
+    """Places for 16 images side by side, uint8, (H, 16 W + 15, C)."""
+    n, c, h, w = images.shape
+    row = torch.full((c, h, 16, w + 1), 255, dtype=torch.uint8)
+    row[:, :, :n, :w] = images.permute(1, 2, 0, 3)
+    return row.flatten(2)[:, :, :-1].permute(1, 2, 0)
+
+
+def _draw_row(figure: Any, title: str, row: Tensor) -> None:
+    axes = figure.subplots()
+    axes.imshow(row.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.axis("off")
 
 
 def save_timestep_losses(

@@ -3,7 +3,7 @@
 RUN/
     config.json  metrics.json  checkpoints/  previews/  loss.png  loss_by_timestep.png  samples.png  denoising.png
     samplers/    fitted to the network
-    likelihood.json  likelihood.png    of an evaluation
+    report.json  report.png    of an evaluation
 """
 
 __all__ = [
