@@ -113,8 +113,7 @@ def test_a_training_step_never_waits_for_the_device_and_sends_it_the_images_alon
         counts = Counter(ops.computing)
         assert counts["aten.convolution_backward.default"] == counts["aten.convolution.default"] > 0
         assert counts["aten._fused_adamw_.tensor_lr"] == 1
-        # Without clipping, the norm says whether the gradients are finite, unless a scaler finds that out.
-        assert (counts["aten.linalg_vector_norm.default"] > 1) == (grad_clip is not None or precision != "fp16")
+        assert counts["aten.linalg_vector_norm.default"] > 1  # which is told, and says whether the gradients are finite
         assert (counts["aten._to_copy.default"] > 10) == (precision != "fp32")  # weights, cast by autocast
 
 

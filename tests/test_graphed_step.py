@@ -344,6 +344,25 @@ def test_an_optimizer_that_cannot_skip_takes_every_step():
     assert case.model[0].weight.isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore:training runs launch by launch")
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("clip", [1e-3, None])
+def test_the_norm_of_the_gradients_is_told_as_it_was_before_clipping(captures, clip, scaled):
+    case = Told(clip)
+    if scaled:
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        case.step = GraphedStep(case.loss, case.optimizer, clip=clip, scaler=scaler)
+    for seed in range(4):
+        inputs = torch.randn(4, 3), torch.rand(4, 2)
+        torch.manual_seed(seed)
+        gradients = torch.autograd.grad(case.loss(*inputs)[0], list(case.model.parameters()))
+        torch.manual_seed(seed)
+        case.step(*inputs)
+        expected = torch.cat([gradient.flatten().double() for gradient in gradients]).norm()
+        assert case.step.norm.item() == pytest.approx(expected.item(), rel=1e-6)  # a few roundings of float32
+    assert len(captures) == (not scaled)
+
+
 def test_a_scaler_decides_alone_which_steps_are_skipped():
     case = Told()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

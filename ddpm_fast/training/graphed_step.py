@@ -55,6 +55,7 @@ class GraphedStep:
 
     Attributes:
         skipped: whether the last step was not taken, 1 or 0, a float32 tensor of shape () on the device.
+        norm: of all gradients of the last step together, before clipping, a tensor of shape () on the device.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class GraphedStep:
         self._results: tuple[Tensor, ...] = ()  # of a step, in the graph
         self._replay: Callable[[], None] | None = None
         self.skipped: Tensor | None = None
+        self.norm: Tensor | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Takes a step.
@@ -104,25 +106,23 @@ class GraphedStep:
 
     def _told(self, results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """What a step returns."""
-        self.skipped, *returned = results
+        self.skipped, self.norm, *returned = results
         return returned[0] if len(returned) == 1 else tuple(returned)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _take(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        """Takes a step launch by launch. Returns `skipped`, and what the loss returned."""
+        """Takes a step launch by launch. Returns `skipped`, `norm`, and what the loss returned."""
         returned = _as_tuple(self.loss(*inputs))
         self.scaler.scale(returned[0]).backward()
         returned = tuple(x.detach() for x in returned)
         loss, skipped = returned[0], torch.zeros((), device=returned[0].device)
         skips = not self.scaler.is_enabled() and getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        norm = None
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
         if self.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip)
-        elif skips:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
+            torch.nn.utils.clip_grads_with_norm_(self._parameters(), self.clip, norm)
         if skips:
             skipped = (~(loss.isfinite() & norm.isfinite())).float()
             self.optimizer.found_inf = skipped  # as a GradScaler does
@@ -136,7 +136,7 @@ class GraphedStep:
         if self.after is not None:
             with torch.no_grad():
                 self.after(*returned)
-        return skipped, *returned
+        return skipped, norm, *returned
 
     def _form(self, inputs: tuple[Tensor, ...]) -> Hashable:
         """What a graph takes from its inputs, its parameters and the optimizer."""
