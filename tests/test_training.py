@@ -21,7 +21,7 @@ def test_a_run_leaves_what_it_promises(finished):  # noqa: F811
     folder = finished.folder
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.json", "checkpoints", "previews", "samples.png", "denoising.png", "loss.png",
-        "loss_by_timestep.png",
+        "loss_by_timestep.png", "progress.jsonl",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
     assert sorted(p.name for p in (folder / "previews").iterdir()) == ["step-00000005.png", "step-00000010.png"]

@@ -11,6 +11,8 @@ from ddpm_fast.training.config import RunConfig, check
 
 TINY = {"image_size": 8, "channels": 1, "dim": 8, "dim_mults": [1], "num_res_blocks": 1, "attention_resolutions": []}
 
+PLOTS = ("save_loss", "save_timestep_losses")  # that a report draws
+
 
 def small(**changes) -> RunConfig:
     """Twelve steps with dropout, flips and an average, saved after every fourth; `section__key=value` changes one."""
@@ -35,10 +37,19 @@ def finished(tmp_path_factory):
     return result
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of `small()` without plots."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PLOTS:
+            patch.setattr(report, name, lambda *arguments: None)
+        return trainer.train(small(), tmp_path_factory.mktemp("runs") / "small")
+
+
 @pytest.fixture(autouse=True)
 def without_curve(monkeypatch):
     """Plots are drawn by `finished` alone: they take matplotlib longer than the rest of such a run."""
-    for name in ("save_loss", "save_timestep_losses"):
+    for name in PLOTS:
         monkeypatch.setattr(report, name, lambda *arguments: arguments[-1].touch())
 
 

@@ -1,6 +1,6 @@
 """The configuration of a run: one JSON file, validated before training starts."""
 
-__all__ = ["ConfigError", "RunConfig", "build_diffusion", "check", "expanded", "load"]
+__all__ = ["ConfigError", "RunConfig", "build_diffusion", "build_network", "check", "expanded", "load"]
 
 import json
 from collections.abc import Collection
@@ -153,6 +153,9 @@ class TrainingConfig(_Section):
     workers: int | None = Field(
         None, ge=0, description="processes that decode image files; null: chosen by the number of cores; 0: none"
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="where the loss, the samples and more are sent to while the training goes on"
+    )
 
 
 class RunConfig(_Section):
@@ -256,8 +259,8 @@ def _allowed(values: Any, path: list) -> list[str]:
     return list(section.model_fields)
 
 
-def build_diffusion(config: RunConfig) -> GaussianDiffusion:
-    """A `GaussianDiffusion` around a `UNet` with new, random weights.
+def build_network(config: RunConfig) -> UNet:
+    """A `UNet` with new, random weights.
 
     Raises:
         ConfigError: the values are valid each, but not together.
@@ -267,9 +270,18 @@ def build_diffusion(config: RunConfig) -> GaussianDiffusion:
     if config.diffusion.variance in variances.LEARNED_VARIANCES:
         arguments["learned_variance"] = True
     try:
-        model = UNet.preset(preset, **arguments) if preset else UNet(**arguments)
+        return UNet.preset(preset, **arguments) if preset else UNet(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from None
+
+
+def build_diffusion(config: RunConfig) -> GaussianDiffusion:
+    """A `GaussianDiffusion` around a `UNet` with new, random weights.
+
+    Raises:
+        ConfigError: the values are valid each, but not together.
+    """
+    model = build_network(config)
     try:
         return GaussianDiffusion(model, image_size=model.image_size, **config.diffusion.model_dump())
     except (TypeError, ValueError) as error:

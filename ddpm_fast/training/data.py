@@ -40,7 +40,8 @@ NOT_DATA = ("$RECYCLE.BIN", "@eaDir", "__MACOSX")  # created by Windows, Synolog
 # What a training run writes into its folder.
 OF_A_RUN = {
     "checkpoints", "config.json", "denoising.png", "likelihood.json", "likelihood.png", "loss.png",
-    "loss_by_timestep.png", "metrics.json", "previews", "report.json", "report.png", "samplers", "samples.png",
+    "loss_by_timestep.png", "metrics.json", "previews", "progress.jsonl", "report.json", "report.png", "samplers",
+    "samples.png", "tensorboard", "wandb",
 }  # fmt: skip
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_MAX_RATIO = 1032  # DEFLATE represents at most 258 bytes by two bits

@@ -33,6 +33,7 @@ FREE = {
     "training.save_every",
     "training.sample_every",
     "training.workers",
+    "training.trackers",
 }
 
 

@@ -11,23 +11,27 @@ from ..info import versions
 from .pictures import save_grid, save_loss, save_timestep_losses
 from .progress import Progress
 from .run import Run, sample_batches
+from .speed import Speed
 from .timestep_losses import TimestepLosses
 
 PREVIEW_STEPS = 50  # of DDIM
 
 
-def write_report(run: Run, progress: Progress, timestep_losses: TimestepLosses, precision: str) -> None:
+def write_report(run: Run, progress: Progress, timestep_losses: TimestepLosses, speed: Speed) -> None:
     """Writes metrics.json, loss.png and loss_by_timestep.png."""
     p, config = progress, run.config
     curve = timestep_losses.curve(p.step)
+    rate = p.step * config.training.batch_size / p.seconds if p.seconds else None
+    share = speed.share(rate) if rate else None
     run.metrics = {
         "loss": p.loss(),
         "steps": p.step,
-        "images_per_second": round(p.step * config.training.batch_size / p.seconds, 1) if p.seconds else None,
+        "images_per_second": round(rate, 1) if rate else None,
+        "share_of_peak": round(share, 4) if share else None,
         "seconds": round(p.seconds, 1),
         "seed": config.seed,
         "device": str(run.diffusion.device),
-        "precision": precision,
+        "precision": speed.precision,
         "versions": versions(),
         "skipped_steps": p.skipped_steps,
         "loss_by_timestep": curve,

@@ -28,13 +28,16 @@ from .data import ShuffledBatches, batches, fingerprint, open_data
 from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
 from .graphed_step import GraphedStep
+from .live import LiveReport
 from .optimization import ema_decay, lr_factor, make_optimizer, set_lr, update_average
 from .precision import autocast, chosen
 from .progress import Losses, Progress, StepLosses
 from .report import preview_path, write_preview, write_report
 from .run import Run, RunError, load_run, pick_device, weights_of
 from .signals import Stopped, deferred_signals
+from .speed import Speed
 from .timestep_losses import TimestepLosses
+from .trackers import check_installed
 
 STEP = 1  # what the seed is used for: everything that a step draws except the noise
 NOISE = 2  # and the noise of the training, which must differ from that of samples with the same seed
@@ -78,6 +81,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
+        check_installed(config.training.trackers)
         self.config, self.folder, self.device = config, folder, pick_device()
         torch.manual_seed(config.seed)
         self.diffusion = build_diffusion(config).to(self.device)
@@ -92,7 +96,7 @@ class Trainer:
         self._sample_offset = torch.zeros((), dtype=torch.int64, device=self.device)
         self._set_precision(chosen(config.training.precision, self.device))
         self.progress = Progress()
-        self.losses = Losses(self.progress, config.training, folder)
+        self.losses = Losses(self.progress, config, folder)
         self.result = Run(folder, config, self.ema.module)
         self._noise_seed = derive_seed(config.seed, NOISE)
         self._saved, self._started = 0, 0.0
@@ -112,22 +116,24 @@ class Trainer:
             len(self.data), c.batch_size, seed=self.config.seed, first_step=first, last_step=c.steps
         )
         self.diffusion.train()
-        self._started = time.perf_counter()
-        bar = tqdm(desc="training", total=c.steps, initial=first, unit="step")
+        self.speed = Speed(self.config, self.device, self.precision, first, p.seconds)
+        self.live = LiveReport(self.config, self.folder, p, self.speed)
         due = False
-        with deferred_signals() as stopped, bar, closing(batches(self.data, order, workers=c.workers)) as images:
+        loading = closing(batches(self.data, order, workers=c.workers))
+        with self.live, deferred_signals() as stopped, loading as images:
+            self._started = time.perf_counter()
             if 0 < first < c.steps and not preview_path(self.folder, first).exists():
                 self.preview_if_due(stopped)  # the run ended between saving this step and its preview
             while p.step < c.steps:
                 self.step(self._next(images))
                 signal = stopped()
                 if signal is not None:
-                    bar.disable = True  # the terminal may be closed
+                    self.live.bar.disable = True  # the terminal may be closed
                 ending = signal is not None or p.step == c.steps
                 due = due or p.step % c.save_every == 0
                 if ending or due or p.step % self.losses.window == 0:
-                    bar.set_postfix(loss=f"{self.losses.read():.4f}", refresh=False)
-                bar.update()
+                    self._tell()
+                self.live.bar.update()
                 # Weights that give no finite loss must not replace those of older checkpoints.
                 if ending or (due and not p.skipped_in_a_row):
                     self.save()
@@ -152,10 +158,17 @@ class Trainer:
         set_lr(self.optimizer, c.lr * lr_factor(step, c))
         self.timestep_losses.begin(step)
         loss, losses, t = self._update(images)
-        self.losses.pending.append(StepLosses(loss, self._update.skipped, losses, t))
+        self.losses.pending.append(StepLosses(loss, self._update.skipped, self._update.norm, losses, t))
         # Outside of the graph: the decay is another in each step, and a foreach op takes it from the host.
         update_average(self.ema, self.diffusion, ema_decay(step, c) if step else 0.0)
         self.progress.step += 1
+
+    def _tell(self) -> None:
+        """Reads the losses and tells of them. The time that this takes is not counted."""
+        loss, now = self.losses.read(), time.perf_counter()
+        lr = self.config.training.lr * lr_factor(self.progress.step - 1, self.config.training)
+        self.live.tell(loss, self.losses.point, lr=lr, seconds=self.progress.seconds + now - self._started)
+        self._started += time.perf_counter() - now
 
     def _loss(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, that of each sample, and their timesteps."""
@@ -224,11 +237,11 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.ema.n_averaged.fill_(first)
         self.progress = Progress(**{each.name: state[each.name] for each in fields(Progress)})
-        self.losses = Losses(self.progress, self.config.training, self.folder)
+        self.losses = Losses(self.progress, self.config, self.folder)
         self._saved = first
 
     def report(self) -> None:
-        write_report(self.result, self.progress, self.timestep_losses, self.precision)
+        write_report(self.result, self.progress, self.timestep_losses, self.speed)
 
     def preview_if_due(self, stopped: Callable[[], int | None]) -> None:
         """Writes previews/step-*.png every `sample_every` steps. If that fails, the training goes on."""
@@ -243,6 +256,7 @@ class Trainer:
         began = time.perf_counter()
         try:
             write_preview(self.result, preview_path(self.folder, step), self.precision, give_up)
+            self.live.samples(preview_path(self.folder, step))
         except InterruptedError:
             pass  # to be drawn when the run goes on
         except (OSError, RunError) as error:
