@@ -1,4 +1,4 @@
-"""The command line: ddpm-fast demo | train | sample | fit-sampler | evaluate | info | check | estimate."""
+"""The command line: ddpm-fast demo | train | watch | sample | fit-sampler | evaluate | info | check | estimate."""
 
 __all__ = ["main"]
 
@@ -71,6 +71,24 @@ def train(options: argparse.Namespace) -> None:
     if pictures_are_due(run):
         write_pictures(run, seed=chosen.seed)
     print(f"\nloss {run.metrics['loss']:.4f}, {run.metrics['images_per_second']:.1f} images/s; see {folder}")
+
+
+def watch(options: argparse.Namespace) -> None:
+    from ..training.config import expanded
+    from ..training.pictures import save_course
+    from .watched import read
+
+    folder = expanded(options.run)
+    if options.png is not None:
+        course = read(folder)
+        title = f"{folder}: step {course.step:,} of {course.steps:,}\n{course.facts}\n{course.state}"
+        save_course(course.points, course.by_timestep, course.preview, title, expanded(options.png))
+        return print(options.png)
+    try:
+        from . import watch
+    except ModuleNotFoundError as error:
+        sys.exit(f'ddpm-fast watch needs {error.name}: pip install "ddpm_fast[watch]"')
+    return watch.watch(folder)
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -224,6 +242,10 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write (default: runs/NAME for NAME.json; for the config.json of a run, the folder of the run)",
     )
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the folder")
+
+    p = command(watch, "watch", "Show the loss, the speed and the samples of a run in the terminal while it goes on.")
+    p.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    p.add_argument("--png", metavar="FILE", type=Path, help="draw the run into this file, once, instead")
 
     p = command(sample, "sample", "Sample images from a trained model.")
     run_argument(p)

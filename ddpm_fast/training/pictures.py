@@ -2,6 +2,7 @@
 
 __all__ = [
     "PictureError",
+    "save_course",
     "save_evaluation",
     "save_grid",
     "save_images",
@@ -184,6 +185,46 @@ def _draw_row(figure: Any, title: str, row: Tensor) -> None:
     axes.imshow(row.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(title, loc="left", fontsize=9)
     axes.axis("off")
+
+
+def save_course(
+    points: list[dict[str, Any]],
+    by_timestep: list[tuple[float, float]],
+    preview: Path | None,
+    title: str,
+    path: str | Path,
+) -> None:
+    """Saves the course of a training as one picture: its loss, gradient norm and learning rate, and samples.
+
+    Args:
+        points: of progress.jsonl.
+        by_timestep: (t, loss) pairs.
+        preview: a picture of samples; None if there is none.
+        title: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure.suptitle(title)
+    (loss, samples), (others, timesteps) = figure.subplots(2, 2)
+    for axes, name in ((loss, "loss"), (others, "grad_norm"), (others, "learning_rate")):
+        curve = [(point["step"], point[name]) for point in points if point.get(name, 0) > 0]
+        if curve:
+            axes.loglog(*zip(*curve, strict=True), label=name)
+    if by_timestep:
+        timesteps.plot(*zip(*by_timestep, strict=True), label="loss")
+        timesteps.set_yscale("log" if min(y for _, y in by_timestep) > 0 else "linear")
+    for axes, label in ((loss, "step"), (others, "step"), (timesteps, "timestep")):
+        axes.set(xlabel=label)
+        axes.grid(which="both", alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    samples.axis("off")
+    if preview is not None:
+        with Image.open(preview) as picture:
+            samples.imshow(picture.convert("RGB"))
+    with _replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def save_timestep_losses(
