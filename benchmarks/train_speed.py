@@ -32,8 +32,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ddpm_fast
 from ddpm_fast import GaussianDiffusion, UNet
 from ddpm_fast.app.estimate import SavedActivations
+from ddpm_fast.training.averages import update_average
 from ddpm_fast.training.graphed_step import GraphedStep
-from ddpm_fast.training.trainer import update_average
 
 Loss = Callable[..., Tensor]  # of images, and of timesteps and noise unless it draws them
 
@@ -68,7 +68,7 @@ class OurTrainer(Trainer):
     """As ddpm_fast trains."""
 
     def update_average(self) -> None:
-        update_average(self.average, self.module, 0.9999)
+        update_average(self.average.module, self.module, 0.9999)
 
     def graphed(self, loss: Loss, images: Tensor) -> Callable[[], None]:
         """A step as a CUDA graph."""

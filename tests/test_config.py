@@ -46,6 +46,13 @@ def changed(**changes):
         (changed(training__lr="fast"), "training.lr: given 'fast'; needed: input should be a valid number"),
         (changed(training__betas=[0.9, 1.5]), "training.betas.1: given 1.5; needed: input should be less than 1"),
         (changed(training={"steps": 1, "lr": 1}), "training.batch_size: missing"),
+        *(
+            (
+                changed(training__ema_decay=value),
+                f"training.ema_decay: given {value!r}; needed: a number of at least 0 and below 1, or a list",
+            )
+            for value in (1, -0.1, "0.9", True, None, [], [0.9, 1.0], [0.9, 0.9], [[0.9]], {"a": 0.9})
+        ),
         (changed(data__name="mnist"), "data.name: given 'mnist'; allowed: celeba, cifar10, digits, folder, idx"),
         (changed(data={}), "data.name: given None; allowed: celeba"),
         (changed(diffusion__objective="eps"), "diffusion.objective: given 'eps'; needed: one of pred_noise, pred_x0"),

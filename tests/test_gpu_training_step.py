@@ -82,7 +82,7 @@ def steps_on_a_gpu(tmp_path, monkeypatch):
         found = []
         with FakeTensorMode(allow_non_fake_inputs=True):
             on_a_gpu(run.diffusion)
-            for module in (run.ema.module, run.timestep_losses, run.timestep_sampler):
+            for module in (*run.ema.modules.values(), run.timestep_losses, run.timestep_sampler):
                 on_a_gpu(module)
             run.device = torch.device("cuda")
             run._sample_offset = torch.empty((), dtype=torch.int64, device="cuda")
@@ -123,10 +123,11 @@ def test_a_training_step_never_waits_for_the_device_and_sends_it_the_images_alon
         {"training__timestep_sampling": "loss_second_moment"},
         {"diffusion__variance": "learnable"},
         {"diffusion__variance": "learned_range"},
+        {"training__ema_decay": [0.9, 0.99], "training__ema_snapshot_every": 5},
     ],
     ids=str,
 )
-def test_neither_samplers_of_timesteps_nor_learned_variances_wait_for_the_device(steps_on_a_gpu, changes):
+def test_neither_samplers_of_timesteps_nor_learned_variances_nor_averages_wait_for_the_device(steps_on_a_gpu, changes):
     for ops in steps_on_a_gpu("fp32", **changes):
         assert ops.across == ["aten._to_copy.default"]
         assert not [op for op in ops.computing if "item" in op or "_local_scalar_dense" in op or "lift" in op]

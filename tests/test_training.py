@@ -120,7 +120,7 @@ def test_the_average_is_the_one_configured(tmp_path):
     def load_weights(folder, name):
         return safetensors.torch.load_file(folder / f"{name}.safetensors")
 
-    assert [trainer.ema_decay(step, config.training) for step in (0, 10**6)] == [0.1, 0.9]
+    assert [trainer.ema_decay(step, 0.9) for step in (0, 1, 10**6)] == [0.0, 2 / 11, 0.9]
     assert all(torch.equal(x, load_weights(first, "model")[name]) for name, x in load_weights(first, "ema").items())
     for name, average in load_weights(second, "ema").items():
         decay = 2 / 11  # of the second step: the configured one is for later

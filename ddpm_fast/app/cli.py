@@ -96,7 +96,7 @@ def sample(options: argparse.Namespace) -> None:
     from ..training.run import load_run
     from .generate import write_samples
 
-    run = load_run(expanded(options.run))
+    run = load_run(expanded(options.run), ema=options.ema)
     chosen = {name: getattr(options, name) for name in ("n", "seed", "sampler", "steps", "spacing", "precision")}
     try:
         written = write_samples(run, expanded(options.out), **chosen)
@@ -112,7 +112,7 @@ def fit_sampler(options: argparse.Namespace) -> None:
     from ..training.precision import autocast, chosen
     from ..training.run import load_run
 
-    run = load_run(expanded(options.run))
+    run = load_run(expanded(options.run), ema=options.ema)
     device = run.diffusion.device
     try:
         with autocast(device, chosen(options.precision, device)):
@@ -138,7 +138,7 @@ def evaluate(options: argparse.Namespace) -> None:
             f"ddpm-fast evaluate: {', '.join(of_samples)} are for samples, which are compared with real images: "
             "add --real or --real DATA; the bound has --bound-images and --bound-steps"
         )
-    run = load_run(expanded(options.run))
+    run = load_run(expanded(options.run), ema=options.ema)
     try:
         report = evaluate(run, bound_steps=options.bound_steps or None, **chosen)
     except ValueError as error:
@@ -208,6 +208,14 @@ def _parser() -> argparse.ArgumentParser:
 
     def run_argument(to: argparse.ArgumentParser) -> None:
         to.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or one of its checkpoints")
+        to.add_argument(
+            "--ema",
+            default="default",
+            metavar="NAME",
+            help="which average of the weights: one of training.ema_decay of the run's config, such as 0.9999 "
+            "(default: the first); sigma_rel=0.08 or another relative width, if the run has kept snapshots for "
+            "post-hoc EMA; none for the weights themselves",
+        )
 
     def precision_argument(to: argparse.ArgumentParser) -> None:
         to.add_argument(

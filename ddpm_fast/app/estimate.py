@@ -25,7 +25,7 @@ def estimate(config: RunConfig) -> str:
     """Times training steps on random images of the config's size.
 
     If a step with the config's batch size would take too long, fewer images are used and the time is scaled by the
-    number of images. The memory is a sum: weights, gradient, two moments and average, plus what autograd saves for
+    number of images. The memory is a sum: weights, gradient, two moments and averages, plus what autograd saves for
     each image. The peak memory during the steps, which includes temporary tensors, is given as well.
 
     Returns:
@@ -70,9 +70,11 @@ def estimate(config: RunConfig) -> str:
     n = max(1, min(batch, int(SECONDS / STEPS / step(1))))
     step(n)
     seconds = statistics.median(step(n) for _ in range(STEPS)) * batch / n
-    memory = parameters * 4 * 5 + saved * batch
+    averages = len(config.training.ema_decays) + (2 if config.training.ema_snapshot_every else 0)
+    own = parameters * 4 * (4 + averages)
+    memory = own + saved * batch
     scaled = "" if n == batch else f", scaled from batches of {n}"
-    weights = f"{parameters * 20 / 2**30:.2f} for weights, gradient, moments and average"
+    weights = f"{own / 2**30:.2f} for weights, gradient, moments and average{'s' if averages > 1 else ''}"
     lines = {
         "network": f"{parameters:,} parameters",
         "device": f"{device}, {precision}",

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-00005000/
         model.safetensors  ema.safetensors  optimizer.pt  timesteps.safetensors  state.json  SHA256SUMS
+        ema-0.9999.safetensors  ema-sigma_rel=0.05.safetensors    averages besides the first one, of runs that have them
 
 Weights and the losses by timestep are safetensors, the optimizer's moments are tensors that load with
 weights_only=True, the rest is JSON: loading a file cannot run code. `sha256sum --check SHA256SUMS` verifies a
@@ -25,11 +26,11 @@ __all__ = [
     "steps",
 ]
 
-import hashlib
 import json
 import re
 import zipfile
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .files import flush, write_text
+from .files import digest, flush, write_text
 
 KEEP = 2
 FORMAT = 3  # 1: without checksums; 2: without timesteps.safetensors
@@ -153,6 +154,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     timesteps: Mapping[str, Tensor],
     state: dict[str, Any],
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Writes RUN/checkpoints/step-*, then deletes all but the last two checkpoints.
 
@@ -160,12 +162,15 @@ def save(
         model, ema: the weights and their average, by name.
         timesteps: what the run knows of the losses at its timesteps, by name.
         state: what else to keep, as JSON.
+        averages: more averages of the weights, by the names of their files, `ema-*`.
 
     Raises:
         CheckpointError: a weight or moment is not finite, or the files cannot be written. What was there before is
             still there, and nothing else.
     """
     weights = {"model": _on_cpu(model), "ema": _on_cpu(ema), "timesteps": _on_cpu(timesteps)}
+    weights |= {name: _on_cpu(tensors) for name, tensors in (averages or {}).items()}
+    content = (*CONTENT, *(f"{name}.safetensors" for name in averages or {}))
     moments = {key: _on_cpu(values) for key, values in optimizer.state_dict()["state"].items()}
     for kind, tensors in (*weights.items(), *(("optimizer", values) for values in moments.values())):
         if name := _not_finite(tensors):
@@ -187,7 +192,7 @@ def save(
         ]
         torch.save({"state": moments, "param_groups": groups}, temporary / "optimizer.pt")
         write_text(temporary / "state.json", json.dumps({"format": FORMAT, "step": step} | state, indent=2))
-        write_text(temporary / SUMS, "".join(f"{_digest(temporary / name)}  {name}\n" for name in CONTENT))
+        write_text(temporary / SUMS, "".join(f"{digest(temporary / name)}  {name}\n" for name in content))
         for path in (*temporary.iterdir(), temporary):
             flush(path)
         _read_back(temporary, weights, moments)
@@ -201,7 +206,7 @@ def save(
         _delete(temporary)
         raise
     for old in steps(run)[:-KEEP]:
-        if {path.name for path in old.iterdir()} <= {*CONTENT, SUMS}:  # otherwise somebody keeps files there
+        if all(_is_own(path.name) for path in old.iterdir()):  # otherwise somebody keeps files there
             _delete(old.rename(old.with_suffix(".tmp")))  # so that a deletion that is interrupted is completed later
     return target
 
@@ -227,12 +232,9 @@ def _read_back(folder: Path, weights: dict[str, dict[str, Tensor]], moments: dic
             raise OSError("the files do not hold what was written to them")
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _is_own(name: str) -> bool:
+    """Whether `save` writes files of this name."""
+    return name in (*CONTENT, SUMS) or fnmatchcase(name, "ema-*.safetensors")
 
 
 def _delete(folder: Path) -> None:
@@ -240,9 +242,9 @@ def _delete(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
     elif folder.is_dir():
-        for name in (*CONTENT, SUMS):
-            (folder / name).unlink(missing_ok=True)
-            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        for path in list(folder.iterdir()):
+            if _is_own(path.name.removesuffix(".tmp")):
+                path.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
 
@@ -278,7 +280,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(checkpoint: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copies what was saved as `model`, `ema` or `timesteps` into tensors of the same names.
+    """Copies what was saved as `model`, `ema`, `ema-*` or `timesteps` into tensors of the same names.
 
     Raises:
         CheckpointError: the file is missing or damaged, or its tensors have other names, shapes or dtypes than those
@@ -356,7 +358,7 @@ def _check_digest(path: Path) -> None:
     """Compares a file with its checksum, where there is one."""
     sums = path.parent / SUMS
     try:
-        if sums.is_file() and f"{_digest(path)}  {path.name}" not in sums.read_text(encoding="utf-8").splitlines():
+        if sums.is_file() and f"{digest(path)}  {path.name}" not in sums.read_text(encoding="utf-8").splitlines():
             raise ValueError(f"it differs from its checksum in {SUMS}")
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None

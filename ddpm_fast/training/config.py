@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from .. import loss_weights, parameterization, samplers, schedules, variances
@@ -129,6 +129,17 @@ class DiffusionConfig(_Section):
     ddim_sampling_eta: float = Field(0.0, ge=0)
 
 
+def _decays(value: Any) -> float | tuple[float, ...]:
+    """A decay, or several that are different."""
+    several = isinstance(value, list | tuple)
+    decays = list(value) if several else [value]
+    numbers = all(isinstance(d, int | float) and not isinstance(d, bool) and 0 <= d < 1 for d in decays)
+    if not (numbers and 0 < len(set(decays)) == len(decays)):
+        needed = "a number of at least 0 and below 1, or a list of different ones, the first of which is the default"
+        raise PydanticCustomError("decays", needed)
+    return tuple(map(float, decays)) if several else float(value)
+
+
 class TrainingConfig(_Section):
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -138,7 +149,10 @@ class TrainingConfig(_Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float | None = Field(1.0, gt=0, description="upper bound of the gradient's norm")
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    ema_decay: Annotated[float | tuple[float, ...], BeforeValidator(_decays)] = 0.9999
+    ema_snapshot_every: int | None = Field(
+        None, gt=0, description="steps between snapshots of averages, for post-hoc EMA of any length; null: none"
+    )
     timestep_sampling: Annotated[str, _name_in(TIMESTEP_SAMPLERS)] = Field(
         "uniform", description="how timesteps are drawn; loss_second_moment: those with large losses more often"
     )
@@ -156,6 +170,11 @@ class TrainingConfig(_Section):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="where the loss, the samples and more are sent to while the training goes on"
     )
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """The decays of all averages; the first is the default."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
 
 
 class RunConfig(_Section):

@@ -39,7 +39,7 @@ from .loading import ShuffledBatches, batches
 NOT_DATA = ("$RECYCLE.BIN", "@eaDir", "__MACOSX")  # created by Windows, Synology and macOS; they hold copies of images
 # What a training run writes into its folder.
 OF_A_RUN = {
-    "checkpoints", "config.json", "denoising.png", "likelihood.json", "likelihood.png", "loss.png",
+    "averages", "checkpoints", "config.json", "denoising.png", "likelihood.json", "likelihood.png", "loss.png",
     "loss_by_timestep.png", "metrics.json", "previews", "progress.jsonl", "report.json", "report.png", "samplers",
     "samples.png", "tensorboard", "wandb",
 }  # fmt: skip

@@ -1,13 +1,12 @@
-"""The optimizer of a run, its learning rate, and the average of the weights (EMA)."""
+"""The optimizer of a run, and its learning rate."""
 
-__all__ = ["ema_decay", "lr_factor", "make_optimizer", "parameter_groups", "set_lr", "update_average"]
+__all__ = ["lr_factor", "make_optimizer", "parameter_groups", "set_lr"]
 
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
 from ..diffusion import GaussianDiffusion
 from .config import TrainingConfig
@@ -40,29 +39,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-
-
-def ema_decay(step: int, c: TrainingConfig) -> float:
-    """The decay of the average at a step, counted from 0.
-
-    It rises to the configured one, so that the average of a short run does not consist of its initial weights.
-    """
-    return min(c.ema_decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def update_average(average: AveragedModel, module: nn.Module, decay: float) -> None:
-    """average = decay average + (1 - decay) weights; a decay of 0 copies the weights.
-
-    `AveragedModel.update_parameters` copies a number to the GPU in every call, for which the host waits. It copies all
-    buffers as well: those of a GaussianDiffusion around a `UNet` never change.
-    """
-    averages, weights = list(average.module.parameters()), list(module.parameters())
-    if decay == 0:
-        torch._foreach_copy_(averages, weights)
-    else:
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-    average.n_averaged += 1
 
 
 def lr_factor(step: int, c: TrainingConfig) -> float:

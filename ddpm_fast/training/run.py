@@ -2,6 +2,7 @@
 
 RUN/
     config.json  metrics.json  checkpoints/  previews/  loss.png  loss_by_timestep.png  samples.png  denoising.png
+    averages/    snapshots for post-hoc EMA
     samplers/    fitted to the network
     report.json  report.png    of an evaluation
 """
@@ -32,6 +33,7 @@ from tqdm.auto import tqdm
 
 from ..diffusion import GaussianDiffusion
 from . import checkpoint
+from .averages import load_average, weights_of
 from .config import RunConfig, build_diffusion, check
 from .fitted_samplers import FittedSamplers
 from .pictures import save_grid
@@ -47,12 +49,13 @@ class RunError(RuntimeError):
 
 @dataclass
 class Run:
-    """A trained model: `diffusion` has the averaged (EMA) weights."""
+    """A trained model: `diffusion` has averaged (EMA) weights, of which `ema` has the name, as for `load_run`."""
 
     folder: Path
     config: RunConfig
     diffusion: GaussianDiffusion
     metrics: dict[str, Any] = field(default_factory=dict)
+    ema: str = "default"
 
     def in_precision(self, precision: str) -> "Run":
         """The run with a network whose weights have the dtype of `auto`, `fp32`, `bf16` or `fp16`, to sample from."""
@@ -73,29 +76,25 @@ def pick_device() -> torch.device:
     return accelerator
 
 
-def weights_of(diffusion: GaussianDiffusion) -> dict[str, Tensor]:
-    """What a training changes, by the names that a checkpoint has for it: the tensors themselves, not copies.
-
-    Names are those of the network; a parameter of the diffusion itself is `diffusion.log_variance`.
-    """
-    own = {f"diffusion.{name}": p.detach() for name, p in diffusion.named_parameters(recurse=False)}
-    return diffusion.model.state_dict() | own
-
-
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path, *, ema: str | float = "default") -> Run:
     """Loads a trained model from the folder of a run (its newest checkpoint), or from one of its checkpoints.
 
+    Args:
+        ema: which average of the weights. `default` is the first of `training.ema_decay`; another is chosen by its
+            decay, such as 0.9999. If the run has kept snapshots, `sigma_rel=0.08` is the power-function average of
+            that relative width (`power_average`), made from them. `none` is the weights themselves.
+
     Raises:
-        CheckpointError: there is no checkpoint, or one of its files is damaged.
+        CheckpointError: there is no checkpoint, it has no such average, or one of its files is damaged.
         ConfigError: the configuration in the checkpoint is not valid.
     """
     folder = Path(folder)
     newest = checkpoint.latest(folder)
     config = check(checkpoint.load_state(newest)["config"], newest / "state.json")
     diffusion = build_diffusion(config)
-    checkpoint.load_weights(newest, "ema", weights_of(diffusion))
+    name = load_average(newest, _run_of(newest), config.training, ema, weights_of(diffusion))
     diffusion.fitted = FittedSamplers(_run_of(newest), diffusion.model)
-    return Run(folder, config, diffusion.to(pick_device()).eval())
+    return Run(folder, config, diffusion.to(pick_device()).eval(), ema=name)
 
 
 def _run_of(newest: Path) -> Path:

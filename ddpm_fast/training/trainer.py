@@ -4,7 +4,7 @@ Image n of a run always meets the same timestep, noise and flip: they follow fro
 alone. So a run that was interrupted and resumed is the run that was not, bit for bit on a CPU.
 """
 
-# `load_run` is defined in run, the optimizer's functions in optimization, and were found here before.
+# `load_run` is defined in run, the functions of the optimizer and the averages in files of their own; they were here.
 __all__ = ["Trainer", "ema_decay", "load_run", "lr_factor", "make_optimizer", "set_lr", "train", "update_average"]
 
 import os
@@ -16,24 +16,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..diffusion import GaussianDiffusion
 from ..noise import derive_seed
 from ..timestep_sampling import TIMESTEP_SAMPLERS
 from . import checkpoint
+from .averages import Averages, ema_decay, update_average, weights_of
 from .config import ConfigError, RunConfig, build_diffusion
 from .data import ShuffledBatches, batches, fingerprint, open_data
 from .files import write_text
 from .folder import check_folder, check_same, config_text, locked
 from .graphed_step import GraphedStep
 from .live import LiveReport
-from .optimization import ema_decay, lr_factor, make_optimizer, set_lr, update_average
+from .optimization import lr_factor, make_optimizer, set_lr
 from .precision import autocast, chosen
 from .progress import Losses, Progress, StepLosses
 from .report import preview_path, write_preview, write_report
-from .run import Run, RunError, load_run, pick_device, weights_of
+from .run import Run, RunError, load_run, pick_device
 from .signals import Stopped, deferred_signals
 from .speed import Speed
 from .timestep_losses import TimestepLosses
@@ -74,7 +74,7 @@ def train(config: RunConfig, folder: str | Path, *, resume: bool = False) -> Run
 
 
 class Trainer:
-    """A run in progress: the network, its optimizer and its average (EMA).
+    """A run in progress: the network, its optimizer and its averages (EMA).
 
     Raises:
         ConfigError, DataError: input that cannot be used.
@@ -89,7 +89,7 @@ class Trainer:
         _check_fit(self.diffusion, self.data[[0]])
         self.fingerprint = fingerprint(self.data)
         self.optimizer = make_optimizer(self.diffusion, config.training)
-        self.ema = AveragedModel(self.diffusion)
+        self.ema = Averages(self.diffusion, config.training, folder)
         timesteps = self.diffusion.num_timesteps
         self.timestep_sampler = TIMESTEP_SAMPLERS[config.training.timestep_sampling](timesteps).to(self.device)
         self.timestep_losses = TimestepLosses(timesteps).to(self.device)
@@ -116,6 +116,7 @@ class Trainer:
             len(self.data), c.batch_size, seed=self.config.seed, first_step=first, last_step=c.steps
         )
         self.diffusion.train()
+        self.ema.begin(first)
         self.speed = Speed(self.config, self.device, self.precision, first, p.seconds)
         self.live = LiveReport(self.config, self.folder, p, self.speed)
         due = False
@@ -160,7 +161,7 @@ class Trainer:
         loss, losses, t = self._update(images)
         self.losses.pending.append(StepLosses(loss, self._update.skipped, self._update.norm, losses, t))
         # Outside of the graph: the decay is another in each step, and a foreach op takes it from the host.
-        update_average(self.ema, self.diffusion, ema_decay(step, c) if step else 0.0)
+        self.ema.update(self.diffusion, step)
         self.progress.step += 1
 
     def _tell(self) -> None:
@@ -206,6 +207,7 @@ class Trainer:
             self.progress.step,
             model=weights_of(self.diffusion),
             ema=weights_of(self.ema.module),
+            averages=self.ema.others(),
             optimizer=self.optimizer,
             timesteps=self._timesteps(),
             state=state,
@@ -227,7 +229,7 @@ class Trainer:
         if first > steps:
             raise RunError(f"{self.folder} has taken {first} steps already, and training.steps is {steps}")
         checkpoint.load_weights(newest, "model", weights_of(self.diffusion))
-        checkpoint.load_weights(newest, "ema", weights_of(self.ema.module))
+        self.ema.load(newest)
         checkpoint.load_optimizer(newest, self.optimizer)
         if state["format"] > 2:
             checkpoint.load_weights(newest, "timesteps", self._timesteps())
@@ -235,7 +237,6 @@ class Trainer:
         self._set_precision(state["precision"] or state["config"]["training"]["precision"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.ema.n_averaged.fill_(first)
         self.progress = Progress(**{each.name: state[each.name] for each in fields(Progress)})
         self.losses = Losses(self.progress, self.config, self.folder)
         self._saved = first
