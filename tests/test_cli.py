@@ -163,7 +163,7 @@ class Signalled(KeyboardInterrupt):
 def test_signals_and_failures_of_the_system_are_one_line_and_an_exit_status(
     tmp_path, monkeypatch, capsys, raised, told
 ):
-    def interrupted(folder):
+    def interrupted(folder, **chosen):
         raise raised
 
     monkeypatch.setattr(training_run, "load_run", interrupted)
@@ -171,7 +171,7 @@ def test_signals_and_failures_of_the_system_are_one_line_and_an_exit_status(
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback(tmp_path, monkeypatch):
-    def broken(folder):
+    def broken(folder, **chosen):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(training_run, "load_run", broken)
