@@ -69,6 +69,7 @@ def test_a_run_whose_points_stay_away_may_have_been_killed(going):
 
 def test_a_run_without_a_point_or_a_preview_is_drawn(going):
     (going / "progress.jsonl").write_text('{"id": "a"}\n')
+    (going / "metrics.json").unlink()
     shutil.rmtree(going / "previews")
     lines = drawn(watched.read(going), 80, 23)
     assert lines[0].endswith("step 0 of 1,000")
@@ -83,6 +84,9 @@ def test_a_run_from_before_there_was_a_course_shows_its_metrics(trained, going):
     assert [t for t, _ in run.by_timestep] == [t for t, _ in trained.metrics["loss_by_timestep"]]
     assert run.ended is None
     drawn(run, 80, 23)
+    log = ProgressLog(going, 12)  # the run goes on today
+    log.point(13, {"loss": 0.5})
+    assert [point["step"] for point in watched.read(going).points] == list(range(1, 14))
 
 
 def test_watch_draws_a_run_again_until_it_has_ended(going, monkeypatch, capsys):

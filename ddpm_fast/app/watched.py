@@ -4,6 +4,7 @@ __all__ = ["Watched", "read"]
 
 import itertools
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class Watched:
 
     Attributes:
         steps: to take.
-        points: of progress.jsonl, or of a run from before there was such a file, of metrics.json.
+        points: of progress.jsonl; the loss of steps from before there was such a file is that of metrics.json.
         by_timestep: (timestep, mean loss) pairs, of the last points.
         ended: `finished`, `stopped` or `failed`, with the reason; None while it goes on.
         left: seconds; None if it is not known.
@@ -75,17 +76,17 @@ def read(folder: Path) -> Watched:
         steps = json.loads((folder / "config.json").read_text(encoding="utf-8"))["training"]["steps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder}: no run here, since its config.json cannot be read ({error})") from None
-    course = read_course(folder)
-    points, ended = course.points, course.ended
-    by_timestep = _by_timestep(points[-AVERAGED:])
+    course, metrics = read_course(folder), _metrics(folder)
+    ended, first = course.ended, course.points[0]["step"] if course.points else math.inf
+    points = [{"step": step, "loss": loss} for step, loss in metrics.get("history", []) if step < first]
+    points += course.points
+    by_timestep = _by_timestep(course.points[-AVERAGED:])
     if course.id is None:  # a run from before there was progress.jsonl
-        metrics = _metrics(folder)
-        points = [{"step": step, "loss": loss} for step, loss in metrics.get("history", [])]
         by_timestep = [(t, loss) for t, loss in metrics.get("loss_by_timestep", [])]
         ended = {"ended": "finished"} if metrics.get("steps") == steps else None
     how = None if ended is None else ended["ended"] + (f": {ended['message']}" if ended.get("message") else "")
     previews = sorted((folder / "previews").glob("step-*.png"))
-    left, silent, late = _time(points, steps)
+    left, silent, late = _time(course.points, steps)
     return Watched(folder, steps, points, by_timestep, how, left, silent, late, previews[-1] if previews else None)
 
 
@@ -108,7 +109,7 @@ def _by_timestep(points: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 def _time(points: list[dict[str, Any]], steps: int) -> tuple[float | None, float | None, bool]:
     """The seconds that are left, those since the last point, and whether the next one should be there by now."""
-    if not points or "time" not in points[-1]:
+    if not points:
         return None, None, False
     silent = max(0.0, time.time() - points[-1]["time"])  # the clocks of two hosts may differ
     if len(points) < 2:

@@ -3,6 +3,7 @@
 RUN/
     config.json  metrics.json  checkpoints/  previews/  loss.png  loss_by_timestep.png  samples.png  denoising.png
     averages/    snapshots for post-hoc EMA
+    progress.jsonl  tensorboard/  wandb/    for those who watch
     samplers/    fitted to the network
     report.json  report.png    of an evaluation
 """
