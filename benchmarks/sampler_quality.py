@@ -34,11 +34,11 @@ import matplotlib.pyplot as plt
 
 RUNS = {  # label -> sampler, eta, steps
     "ddpm": ("ddpm", None, (10, 20, 50, 100, 250)),  # the same as ddim with eta = 1
-    "ddim, eta = 0": ("ddim", 0.0, (4, 5, 6, 8, 10, 20, 50, 100)),
-    "dpmpp_2m": ("dpmpp_2m", None, (4, 5, 6, 8, 10, 20, 50, 100)),
-    "dpmpp_2m_sde": ("dpmpp_2m_sde", None, (4, 5, 6, 8, 10, 20, 50, 100)),
-    "unipc": ("unipc", None, (4, 5, 6, 8, 10, 20, 50, 100)),
-    "heun": ("heun", None, (4, 5, 6, 8, 10, 20, 50, 100)),  # calls of the network
+    "ddim, eta = 0": ("ddim", 0.0, (4, 5, 6, 8, 10, 20, 50)),
+    "dpmpp_2m": ("dpmpp_2m", None, (4, 5, 6, 8, 10, 20, 50)),
+    "dpmpp_2m_sde": ("dpmpp_2m_sde", None, (4, 5, 6, 8, 10, 20, 50)),
+    "unipc": ("unipc", None, (4, 5, 6, 8, 10, 20, 50)),
+    "heun": ("heun", None, (4, 5, 6, 8, 10, 20, 50)),  # calls of the network
 }
 EPOCHS = {"idx": 4, "digits": 40}
 TITLES = {"idx": "Fashion-MNIST", "digits": "Digits"}

@@ -20,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("guide", "derivation", "conformance", "architecture", "performance")
+PAGES = ("guide", "derivation", "results", "conformance", "architecture", "performance")
 API_PAGES = (
     "diffusion",
     "unet",
