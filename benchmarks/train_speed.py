@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_fast
 from ddpm_fast import GaussianDiffusion, UNet
-from ddpm_fast.app.estimate import SavedActivations
+from ddpm_fast.app.memory import SavedActivations
 from ddpm_fast.training.averages import update_average
 from ddpm_fast.training.graphed_step import GraphedStep
 

@@ -19,10 +19,10 @@ import copy
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import samplers
@@ -67,7 +67,7 @@ def fit_sampler(
             f"{type(diffusion).__name__} overrides methods that sampling calls, which know nothing of a table's u and "
             "w; fit a sampler to a GaussianDiffusion around its network"
         )
-    weights = weights_digest(diffusion.model)
+    weights = weights_digest(diffusion.model.state_dict())[:32]
     diffusion = copy.deepcopy(diffusion).eval().requires_grad_(False)
     with tqdm(desc="teacher", total=n + HELD_OUT, unit=" images", disable=not progress) as bar:
         x_fit, target_fit = _taught(diffusion, n, seed, FITTING, bar)
@@ -244,10 +244,17 @@ def _batches(n: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield from torch.randperm(n, generator=generator).split(BATCH)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Identifies the weights of a network: 32 hexadecimal digits of a hash of its state dict."""
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Identifies the weights of a network: SHA-256 over their names, in alphabetical order, dtypes, shapes and values.
+
+    Args:
+        weights: by name, such as a state dict.
+
+    Returns:
+        64 hexadecimal digits, which do not depend on the device or on strides.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()

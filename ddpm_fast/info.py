@@ -1,15 +1,17 @@
 """Versions, devices and backends of this installation: `python -m ddpm_fast.info`."""
 
-__all__ = ["backends", "cores", "devices", "main", "versions"]
+__all__ = ["backends", "cores", "devices", "environment", "main", "processor", "versions"]
 
 import os
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from .ops import native
-from .ops.dispatch import availability
+from .ops.dispatch import availability, chosen
 
 DESCRIPTIONS = {
     "reference": "plain PyTorch, on any device",
@@ -31,6 +33,7 @@ def versions() -> dict[str, str]:
     }
 
 
+@cache
 def _version(name: str) -> str:
     try:
         return version(name)
@@ -41,6 +44,29 @@ def _version(name: str) -> str:
 def cores() -> int:
     """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the last bits of a result depend on, besides its input and the number of threads."""
+    found = {"ddpm_fast": _version("ddpm_fast"), "torch": torch.__version__}
+    if device.type == "cuda":
+        found |= {"device": torch.cuda.get_device_name(device), "cudnn": str(torch.backends.cudnn.version())}
+        found |= {"cuda": str(torch.version.cuda or torch.version.hip)}
+    else:
+        found |= {"device": processor() if device.type == "cpu" else device.type}
+        found |= {"instructions": torch.backends.cpu.get_cpu_capability()}
+    loaded = native.modules[device.type].file if device.type in native.modules else ""
+    return found | {"kernels": chosen() or loaded or "PyTorch"}
 
 
 def devices() -> list[str]:

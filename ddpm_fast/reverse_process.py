@@ -110,7 +110,7 @@ class ReverseProcess(Denoiser):
                 raise ValueError("a StepTable has its steps, their spacing and its eta; give it alone")
             samplers.check_table(sampler, self.schedule, self.objective, clip_bounds(self.clip_denoised))
             return sampler
-        sampler = self._sampler_name(sampler, steps, eta)
+        sampler = self.sampler_name(sampler, steps, eta)
         steps = self.sampling_timesteps if steps is None else steps
         if spacing is None and samplers.is_count(steps):
             spacing = self.spacing
@@ -122,7 +122,7 @@ class ReverseProcess(Denoiser):
             chosen["eta"] = eta  # an error that says what the sampler takes
         return samplers.make(sampler, self.schedule, self.objective, steps, spacing=spacing, **chosen)
 
-    def _sampler_name(self, sampler: str | None, steps: int | Sequence[int] | None, eta: float | None) -> str:
+    def sampler_name(self, sampler: str | None, steps: int | Sequence[int] | None, eta: float | None) -> str:
         """The sampler that `sample` takes."""
         sampler = self.sampler if sampler is None else sampler
         if sampler is not None:
@@ -154,7 +154,7 @@ class ReverseProcess(Denoiser):
             raise ValueError(
                 f"a StepTable is taken as a whole: give the steps you want, and strength=1; got {strength}"
             )
-        return self.step_table(self._sampler_name(sampler, steps, eta), visited[-kept:], eta)
+        return self.step_table(self.sampler_name(sampler, steps, eta), visited[-kept:], eta)
 
     def _whole_chain(self) -> Tensor:
         """The rows of ancestral sampling over all timesteps, (T, 6), with a learned variance (T, 8)."""

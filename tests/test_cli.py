@@ -199,23 +199,6 @@ def test_samplers_that_are_registered_later_can_be_chosen(monkeypatch, capsys):
     assert all(name in told.partition("choose from")[2] for name in samplers.SAMPLERS)
 
 
-def test_estimate_tells_time_and_memory(tmp_path, capsys):
-    (tmp_path / "mine.json").write_text(json.dumps(changed()))
-    cli.main(["estimate", str(tmp_path / "mine.json")])
-    out = capsys.readouterr().out
-    for name in ("network", "device", "step", "run", "memory", "peak"):
-        assert f"\n{name} " in f"\n{out}"
-    assert "s for 4 images" in out
-
-
-def test_estimate_runs_where_the_peak_of_memory_is_not_told(tmp_path, monkeypatch, capsys):
-    """As on Windows, which has no module `resource`."""
-    monkeypatch.setitem(sys.modules, "resource", None)
-    (tmp_path / "mine.json").write_text(json.dumps(changed()))
-    cli.main(["estimate", str(tmp_path / "mine.json")])
-    assert "peak      not measured on this operating system" in capsys.readouterr().out
-
-
 def test_info_names_versions_devices_and_why_a_backend_is_missing(capsys):
     cli.main(["info"])
     out = capsys.readouterr().out

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import UNet
-from ddpm_fast.app.estimate import SavedActivations
+from ddpm_fast.app.memory import SavedActivations
 from ddpm_fast.nn import deferred_sum
 from ddpm_fast.nn.layers import Attention, ResidualBlock
 from ddpm_fast.ops.layout import memory_format

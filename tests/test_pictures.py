@@ -2,7 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.training.pictures import PictureError, save_grid, save_images, save_loss, to_uint8
+from ddpm_fast.training.pictures import PictureError, save_grid, save_images, to_uint8
+from ddpm_fast.training.plots import save_loss
 
 
 def test_values_are_rounded_to_the_nearest_and_clipped():

@@ -91,9 +91,10 @@ def test_three_processes_give_the_images_and_the_grid_of_one_and_may_be_more_tha
     write_samples(run, one / "many", n=14, sampler="ddpm")
     write_samples(run, one / "grid.png", n=14, steps=5)
     (one / "two").mkdir()
-    diffusion = run.in_precision("auto").diffusion
+    run = run.in_precision("auto")
     for i in range(2):  # as they are dealt to three processes
-        save_images(diffusion.sample(1, seed=0, sample_offset=i), one / "two", i)
+        images = run.diffusion.sample(1, seed=0, sample_offset=i)
+        save_images(images, one / "two", i, run.receipt(2, batch_size=1))
     (tmp_path / "script.py").write_text(THREE)
     result = launch(3, "script.py", folder, three, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -126,7 +127,7 @@ import torch.distributed as dist
 from ddpm_fast.app import generate
 from ddpm_fast.training.run import RunError, load_run
 
-def full(images, folder, first):
+def full(images, folder, first, receipt):
     raise OSError("the disk is full")
 
 run, out, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

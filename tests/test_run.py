@@ -47,9 +47,10 @@ def test_batches_are_dealt_to_processes_and_are_those_of_one(finished):  # noqa:
 def test_pictures_show_the_samples_and_eleven_states(finished, tmp_path):  # noqa: F811
     sampled = finished.in_precision(finished.metrics["precision"])  # as the pictures were
     samples = torch.cat([images for _, images in sample_batches(sampled, 9, seed=0)])
-    save_grid(samples, tmp_path / "samples.png")
+    save_grid(samples, tmp_path / "samples.png", receipt=sampled.receipt(9))
     states = sampled.diffusion.sample(8, seed=0, return_all_timesteps=True)
-    save_grid(states.flatten(0, 1), tmp_path / "denoising.png", columns=11)
+    receipt = sampled.receipt(8, batch_size=8).of_states(range(11))
+    save_grid(states.flatten(0, 1), tmp_path / "denoising.png", columns=11, receipt=receipt)
     for name in ("samples.png", "denoising.png"):
         assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes()
     with Image.open(tmp_path / "samples.png") as picture:
@@ -228,7 +229,7 @@ def test_an_interrupted_save_leaves_the_image_that_was_there(tmp_path, monkeypat
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(before) == ["000000.png", "000001.png", "grid.jpg"]
 
-    def half(self, path, *arguments):
+    def half(self, path, *arguments, **chunks):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 

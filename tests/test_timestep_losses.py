@@ -9,7 +9,7 @@ from training_runs import assert_same_weights, small, without_curve  # noqa: F40
 
 from ddpm_fast.diffusion import GaussianDiffusion
 from ddpm_fast.noise import derive_seed
-from ddpm_fast.training import checkpoint, data, pictures, progress, trainer
+from ddpm_fast.training import checkpoint, data, files, plots, progress, trainer
 from ddpm_fast.training.config import build_diffusion
 from ddpm_fast.training.timestep_losses import STRETCHES, TimestepLosses, stretch_length
 
@@ -154,7 +154,7 @@ def test_checkpoints_of_the_format_before_go_on_without_sums(tmp_path):
     (path / "state.json").write_text(json.dumps(state | {"format": 2}))
     lines = (path / "SHA256SUMS").read_text().splitlines()
     digests = {line.split("  ")[1]: line for line in lines if "timesteps" not in line}
-    digests["state.json"] = f"{checkpoint._digest(path / 'state.json')}  state.json"
+    digests["state.json"] = f"{files.digest(path / 'state.json')}  state.json"
     (path / "SHA256SUMS").write_text("".join(f"{line}\n" for line in digests.values()))
     result = trainer.train(small(training__steps=8), tmp_path / "run", resume=True)
     assert result.metrics["steps"] == 8
@@ -165,6 +165,6 @@ def test_checkpoints_of_the_format_before_go_on_without_sums(tmp_path):
 def test_the_plot_shows_any_losses(tmp_path):
     for means in (torch.rand(3, 10), torch.full((3, 10), torch.nan), -torch.rand(3, 10), torch.zeros(0, 10)):
         curve = [(float(t), mean) for t, mean in enumerate(means.nansum(0).tolist())]
-        pictures.save_timestep_losses(curve, means, 4, 10, tmp_path / "plot.png")
+        plots.save_timestep_losses(curve, means, 4, 10, tmp_path / "plot.png")
         with Image.open(tmp_path / "plot.png") as picture:
             assert picture.format == "PNG"

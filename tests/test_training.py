@@ -166,7 +166,7 @@ def test_training_in_several_processes_is_refused_before_anything_is_written(tmp
 
 
 def test_a_preview_that_cannot_be_written_does_not_stop_the_training(tmp_path, capsys, monkeypatch):
-    def full(images, path):
+    def full(images, path, receipt):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(report, "save_grid", full)

@@ -57,7 +57,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions,
         "system": platform.platform(),
         "machine": _machine(args),
-        "cpu": _cpu(),
+        "cpu": info.processor(),
         "isa": [torch.backends.cpu.get_cpu_capability(), *_bf16_instructions()],
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -71,19 +71,11 @@ def _bf16_instructions() -> list[str]:
     return [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if found.get(name)]
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _machine(args: argparse.Namespace) -> str:
     if args.device == "cuda":
         return torch.cuda.get_device_name()
     plural = "s" if args.threads > 1 else ""
-    return f"{_cpu()}, {'AMX, ' if 'AMX-BF16' in _bf16_instructions() else ''}{args.threads} thread{plural}"
+    return f"{info.processor()}, {'AMX, ' if 'AMX-BF16' in _bf16_instructions() else ''}{args.threads} thread{plural}"
 
 
 def _commit() -> str | None:

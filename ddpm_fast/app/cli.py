@@ -1,4 +1,7 @@
-"""The command line: ddpm-fast demo | train | watch | sample | fit-sampler | evaluate | info | check | estimate."""
+"""The command line.
+
+ddpm-fast demo | train | watch | sample | reproduce | fit-sampler | evaluate | info | check | estimate
+"""
 
 __all__ = ["main"]
 
@@ -75,7 +78,7 @@ def train(options: argparse.Namespace) -> None:
 
 def watch(options: argparse.Namespace) -> None:
     from ..training.config import expanded
-    from ..training.pictures import save_course
+    from ..training.plots import save_course
     from .watched import read
 
     folder = expanded(options.run)
@@ -104,6 +107,27 @@ def sample(options: argparse.Namespace) -> None:
         sys.exit(f"ddpm-fast sample: {error}")
     if os.environ.get("RANK", "0") == "0":  # of several processes that a launcher started, the first one prints
         print(written)
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    from ..training.config import expanded
+    from ..training.pictures import save_picture
+    from .reproduce import reproduce
+
+    if options.out is not None and (len(options.images) > 1 or options.out.suffix.lower() != ".png"):
+        sys.exit("ddpm-fast reproduce: --out is NAME.png for the one picture that is given")
+    try:
+        found = reproduce([expanded(path) for path in options.images], expanded(options.run))
+    except ValueError as error:
+        sys.exit(f"ddpm-fast reproduce: {error}")
+    print("\n".join(map(str, found)))
+    if options.out is not None and found[0].again is not None:
+        save_picture(found[0].again, expanded(options.out), found[0].receipt)
+    equal = sum(each.differences == 0 for each in found)
+    if len(found) > 1:
+        print(f"{equal} of {len(found)} pictures are equal")
+    if equal < len(found):
+        sys.exit(1)
 
 
 def fit_sampler(options: argparse.Namespace) -> None:
@@ -270,8 +294,20 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("samples.png"),
-        help="NAME.png for a grid (default: %(default)s), else a folder for one PNG file per image",
+        help="NAME.png for a grid (default: %(default)s), else a folder for one PNG file per image; PNG files have a "
+        "receipt for ddpm-fast reproduce, other formats have none",
     )
+
+    p = command(
+        reproduce,
+        "reproduce",
+        "Make pictures again, as their receipts say, and compare; exit status 1 if one differs.",
+    )
+    p.add_argument("images", metavar="IMAGE.png", type=Path, nargs="+", help="PNG files of samples")
+    p.add_argument(
+        "--run", metavar="RUN", type=Path, required=True, help="folder of the run, or one of its checkpoints"
+    )
+    p.add_argument("--out", metavar="AGAIN.png", type=Path, help="write the picture that was made again to this file")
 
     p = command(fit_sampler, "fit-sampler", "Fit a sampler of few steps to a trained model.")
     run_argument(p)
@@ -355,6 +391,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", metavar="FILE", type=Path, help="write the report to this file as well")
 
-    p = command(estimate, "estimate", "Measure the time and the memory of a training step.")
+    p = command(
+        estimate,
+        "estimate",
+        "Measure steps: the time, memory and disk of a run, the largest batch, and what other settings would change.",
+    )
     config_argument(p)
     return parser

@@ -121,7 +121,7 @@ def evaluate(
         samples = Samples(
             n=n,
             real=len(data),
-            sampler=run.diffusion._sampler_name(sampler, steps, None),
+            sampler=run.diffusion.sampler_name(sampler, steps, None),
             steps=len(table),
             spacing=spacing or run.diffusion.spacing,
             features=network.name,

@@ -32,7 +32,8 @@ def write_samples(
 
     Args:
         out: NAME.png (.jpg, ...) for one grid; otherwise a folder, created if necessary, for one PNG per image. All
-            processes write to it, each image as soon as its batch is finished.
+            processes write to it, each image as soon as its batch is finished. PNG files have a receipt, with which
+            `reproduce` makes them again; other formats have none.
         precision: that the network is computed in: `auto`, `fp32`, `bf16` or `fp16`.
 
     Returns:
@@ -57,16 +58,17 @@ def write_samples(
         def report(done: int = 0) -> None:
             bar.update(processes.add(done) / len(table) - bar.n)
 
-        share = {"rank": processes.rank, "count": processes.count, "report": report}
-        batches = sample_batches(run, n, seed=seed, sampler=sampler, steps=steps, spacing=spacing, **share)
+        how = {"seed": seed, "sampler": sampler, "steps": steps, "spacing": spacing}
+        receipt = run.receipt(n, batch_size=run.batch_size(n, processes.count), **how)
+        batches = sample_batches(run, n, **how, rank=processes.rank, count=processes.count, report=report)
         if one_file:
             mine = list(batches)
             processes.wait(report)
             every = dict(processes.gather(mine))
             if processes.rank == 0:
-                save_grid(torch.cat([every[first] for first in sorted(every)]), out)
+                save_grid(torch.cat([every[first] for first in sorted(every)]), out, receipt=receipt)
         else:
             for first, images in batches:
-                save_images(images, out, first)
+                save_images(images, out, first, receipt)
         processes.wait(report)
     return f"{out}: a grid of {n} images" if one_file else f"{out}: {n} images"

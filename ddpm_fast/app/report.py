@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..training.files import write_text
-from ..training.pictures import save_evaluation
+from ..training.plots import save_evaluation
 from .bound import Bound
 from .distances import Distances
 

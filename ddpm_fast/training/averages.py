@@ -3,7 +3,7 @@
 The first of `training.ema_decay` is what previews and samples are drawn with unless another is chosen.
 """
 
-__all__ = ["Averages", "ema_decay", "load_average", "update_average", "weights_of"]
+__all__ = ["Averages", "count", "ema_decay", "load_average", "update_average", "weights_of"]
 
 import copy
 from collections.abc import Callable, Mapping
@@ -26,6 +26,11 @@ def ema_decay(step: int, decay: float) -> float:
     It rises to the configured one, so that the average of a short run does not consist of its first weights.
     """
     return min(decay, (1 + step) / (10 + step)) if step else 0.0
+
+
+def count(c: TrainingConfig) -> int:
+    """How many averages a run keeps, those for post-hoc EMA included."""
+    return len(c.ema_decays) + (len(TRACKED) if c.ema_snapshot_every else 0)
 
 
 @torch.no_grad()

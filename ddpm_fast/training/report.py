@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ..info import versions
-from .pictures import save_grid, save_loss, save_timestep_losses
+from .pictures import save_grid
+from .plots import save_loss, save_timestep_losses
 from .progress import Progress
 from .run import Run, sample_batches
 from .speed import Speed
@@ -58,7 +59,7 @@ def write_preview(run: Run, path: Path, precision: str, report: Callable[[int], 
         RunError: an image has values that are not finite.
     """
     how = {"sampler": "ddim", "steps": min(PREVIEW_STEPS, run.diffusion.num_timesteps), "eta": 0.0}
-    drawn = sample_batches(run.in_precision(precision), 16, seed=run.config.seed, report=report, **how)
-    images = torch.cat([images for _, images in drawn])
+    how["seed"], reduced = run.config.seed, run.in_precision(precision)
+    images = torch.cat([images for _, images in sample_batches(reduced, 16, report=report, **how)])
     path.parent.mkdir(exist_ok=True)
-    save_grid(images, path)
+    save_grid(images, path, receipt=reduced.receipt(16, **how))

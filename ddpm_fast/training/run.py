@@ -33,13 +33,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion import GaussianDiffusion
+from ..fitting import weights_digest
 from . import checkpoint
 from .averages import load_average, weights_of
 from .config import RunConfig, build_diffusion, check
 from .fitted_samplers import FittedSamplers
 from .pictures import save_grid
 from .precision import in_precision
+from .receipt import Receipt, receipt_of
 
+ROWS = 8  # of denoising.png
 REPORTS = 20  # per batch: few enough that waiting for the device costs nothing, and the bar shows finished work
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # n is a fraction
 
@@ -50,17 +53,39 @@ class RunError(RuntimeError):
 
 @dataclass
 class Run:
-    """A trained model: `diffusion` has averaged (EMA) weights, of which `ema` has the name, as for `load_run`."""
+    """A trained model: `diffusion` has averaged (EMA) weights, of which `ema` has the name, as for `load_run`.
+
+    `float32_digest` identifies them where `diffusion` has them in another dtype.
+    """
 
     folder: Path
     config: RunConfig
     diffusion: GaussianDiffusion
     metrics: dict[str, Any] = field(default_factory=dict)
     ema: str = "default"
+    float32_digest: str | None = None
 
     def in_precision(self, precision: str) -> "Run":
         """The run with a network whose weights have the dtype of `auto`, `fp32`, `bf16` or `fp16`, to sample from."""
-        return replace(self, diffusion=in_precision(self.diffusion, precision))
+        reduced = in_precision(self.diffusion, precision)
+        return self if reduced is self.diffusion else replace(self, diffusion=reduced, float32_digest=self.digest())
+
+    def digest(self) -> str:
+        """Identifies the weights, in whichever precision they are: see `weights_digest`."""
+        return self.float32_digest or weights_digest(weights_of(self.diffusion))
+
+    def receipt(self, n: int, *, batch_size: int | None = None, **how: Any) -> Receipt:
+        """The receipt of n images that `sample_batches` samples.
+
+        Args:
+            batch_size: of the batches, if several processes share the images; see `batch_size`.
+            how: seed, sampler, steps, eta and spacing, as `sample_batches` is given them.
+        """
+        return receipt_of(self.diffusion, self.digest(), n, batch_size or self.batch_size(n), **({"seed": 0} | how))
+
+    def batch_size(self, n: int, count: int = 1) -> int:
+        """The size of the batches in which `count` processes sample n images, such as is known to fit into memory."""
+        return min(self.config.training.batch_size, math.ceil(n / count))
 
     def write_metrics(self) -> None:
         checkpoint.write_text(self.folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
@@ -134,7 +159,7 @@ def sample_batches(
     """
     diffusion, report = run.diffusion, report or (lambda steps: None)
     total = len(diffusion.step_table(sampler, steps, eta, spacing))
-    size = min(run.config.training.batch_size, math.ceil(n / count))
+    size = run.batch_size(n, count)
     chosen = {"seed": seed, "sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing}
     chosen["every"] = math.ceil(total / REPORTS)
     for first in range(rank * size, n, count * size):
@@ -190,10 +215,12 @@ def write_pictures(run: Run, *, seed: int = 0, n: int = 64) -> Tensor:
         batches = sample_batches(run, n, seed=seed, report=report)
         samples = torch.cat([images for _, images in batches])
     shown = {round(i * steps / 10) for i in range(11)}
-    states = [s.x for s in run.diffusion.sample_progressive(8, seed=seed) if s.step in shown]
+    states = [s.x for s in run.diffusion.sample_progressive(ROWS, seed=seed) if s.step in shown]
     rows = check_finite(run, torch.stack(states, dim=1).flatten(0, 1))
-    save_grid(samples[:64], run.folder / "samples.png")
-    save_grid(rows, run.folder / "denoising.png", columns=len(states))
+    receipt = run.receipt(n, seed=seed).of_grid(min(n, 64))
+    save_grid(samples[:64], run.folder / "samples.png", receipt=receipt)
+    receipt = run.receipt(ROWS, batch_size=ROWS, seed=seed).of_states(shown)
+    save_grid(rows, run.folder / "denoising.png", columns=len(states), receipt=receipt)
     return samples
 
 
