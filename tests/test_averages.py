@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from training_runs import finished, small, weights, without_curve  # noqa: F401  (fixtures)
+from training_runs import small, weights, without_curve  # noqa: F401  (fixture)
 
 from ddpm_fast.app import cli
 from ddpm_fast.training import averages, checkpoint, snapshots, trainer
@@ -24,7 +24,8 @@ STEPS = 12
 
 
 def several(**changes):
-    return small(**{"training__ema_decay": [0.9, 0.5], "training__ema_snapshot_every": 2} | changes)
+    averages = {"training__ema_decay": [0.9, 0.5], "training__ema_snapshot_every": 2}
+    return small(**{"training__sample_every": 100} | averages | changes)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,12 @@ def run(tmp_path_factory):
         patch.setattr(averages.Averages, "update", record)
         result = trainer.train(several(), tmp_path_factory.mktemp("runs") / "several")
     return result, {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+@pytest.fixture(scope="module")
+def with_one(tmp_path_factory):
+    """A run with one decay."""
+    return trainer.train(small(training__steps=1), tmp_path_factory.mktemp("runs") / "one")
 
 
 @pytest.fixture
@@ -95,15 +102,15 @@ def test_snapshots_are_the_averages_in_float16_with_checksums(run):
     assert len(result.stdout.splitlines()) == len(names)
 
 
-def test_a_run_with_one_decay_writes_what_it_always_did(finished):  # noqa: F811
-    assert not (finished.folder / "averages").exists()
-    newest = checkpoint.latest(finished.folder)
+def test_a_run_with_one_decay_writes_what_it_always_did(with_one):
+    assert not (with_one.folder / "averages").exists()
+    newest = checkpoint.latest(with_one.folder)
     assert not list(newest.glob("ema-*"))
     assert checkpoint.load_state(newest)["config"]["training"]["ema_decay"] == 0.9
 
 
-def test_a_checkpoint_whose_config_has_no_such_keys_loads_and_goes_on(finished, tmp_path):  # noqa: F811
-    copy = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+def test_a_checkpoint_whose_config_has_no_such_keys_loads_and_goes_on(with_one, tmp_path):
+    copy = Path(shutil.copytree(with_one.folder, tmp_path / "run"))
     path = checkpoint.latest(copy) / "state.json"
     path.write_text(path.read_text().replace('"ema_snapshot_every": null,', ""))
     sums = path.with_name("SHA256SUMS")
@@ -111,7 +118,7 @@ def test_a_checkpoint_whose_config_has_no_such_keys_loads_and_goes_on(finished, 
     sums.write_text("\n".join([*lines, f"{digest(path)}  state.json"]) + "\n")
     assert "ema_snapshot_every" not in path.read_text()
     assert load_run(copy).ema == "0.9"
-    assert trainer.train(small(training__steps=13), copy, resume=True).metrics["steps"] == 13
+    assert trainer.train(small(training__steps=2), copy, resume=True).metrics["steps"] == 2
 
 
 @pytest.mark.parametrize("when", ["while a snapshot is written", "before a checkpoint"])
@@ -178,9 +185,13 @@ def test_an_average_beyond_float16_is_told_and_not_kept(tmp_path, capsys):
     assert not (tmp_path / "averages").exists()
 
 
-def test_the_averages_of_an_old_checkpoint_are_deleted_with_it(run):
-    assert [path.name for path in checkpoint.steps(run[0].folder)] == ["step-00000008", "step-00000012"]
-    assert sorted(path.name for path in (run[0].folder / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+def test_the_averages_of_an_old_checkpoint_are_deleted_with_it_but_no_file_of_another_name(folder):
+    there = folder / "checkpoints"
+    assert sorted(path.name for path in there.iterdir()) == ["step-00000008", "step-00000012"]
+    shutil.copy(there / "step-00000008" / "ema-0.5.safetensors", there / "step-00000008" / "ema-best.safetensors")
+    trainer.train(several(training__steps=13), folder, resume=True)
+    assert sorted(path.name for path in there.iterdir()) == ["step-00000008", "step-00000012", "step-00000013"]
+    assert load_run(there / "step-00000008", ema="0.5").ema == "0.5"
 
 
 @pytest.mark.parametrize(
@@ -253,10 +264,10 @@ def test_an_average_that_there_is_not_is_an_error_with_those_that_there_are(run,
         load_run(run[0].folder, ema=ema)
 
 
-def test_widths_need_snapshots_and_must_be_possible(run, finished):  # noqa: F811
+def test_widths_need_snapshots_and_must_be_possible(run, with_one):
     told = "there are: default, 0.9, none; widths need a run with training.ema_snapshot_every"
     with pytest.raises(CheckpointError, match=told):
-        load_run(finished.folder, ema="sigma_rel=0.1")
+        load_run(with_one.folder, ema="sigma_rel=0.1")
     for width in ("0.3", "0", "nan"):
         with pytest.raises(CheckpointError, match=r"step-00000012: sigma_rel must be above 0 and at most 12\^-0.5"):
             load_run(run[0].folder, ema=f"sigma_rel={width}")

@@ -30,7 +30,6 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,7 +233,7 @@ def _read_back(folder: Path, weights: dict[str, dict[str, Tensor]], moments: dic
 
 def _is_own(name: str) -> bool:
     """Whether `save` writes files of this name."""
-    return name in (*CONTENT, SUMS) or fnmatchcase(name, "ema-*.safetensors")
+    return name in (*CONTENT, SUMS) or bool(re.fullmatch(r"ema-(sigma_rel=)?[0-9.e-]+\.safetensors", name))
 
 
 def _delete(folder: Path) -> None:
