@@ -7,6 +7,7 @@ if it could not be built, the one for the next lower set.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -90,3 +91,13 @@ def unserved_gpus(package: Path = Path(__file__).parents[1]) -> dict[int, str]:
 # them to the system, which zeroes every page that it hands out again: a tenth of a network's time. The threshold
 # rises to 32 MiB at most. With other allocators, this has no effect.
 torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")
+
+
+def _compute_in_one_thread() -> None:
+    """In a forked child, the threads of the parent's OpenMP are gone, and GNU's waits for them forever."""
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_in_one_thread)
