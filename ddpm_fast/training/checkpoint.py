@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "advice",
     "check_room",
+    "check_size",
     "latest",
     "load_optimizer",
     "load_state",
@@ -26,10 +27,12 @@ __all__ = [
     "steps",
 ]
 
+import itertools
 import json
+import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,9 +47,10 @@ from .files import digest, flush, write_text
 KEEP = 2
 FORMAT = 3  # 1: without checksums; 2: without timesteps.safetensors
 LARGEST_STATE = 1 << 26  # bytes of state.json; two million points of the loss
-SUMS = "SHA256SUMS"
+SUMS, LARGEST_SUMS = "SHA256SUMS", 1 << 16
 CONTENT = ("state.json", "model.safetensors", "ema.safetensors", "optimizer.pt", "timesteps.safetensors")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
+IN_MOMENTS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")  # of a pickle
 LOWER_RATE = "lower training.lr or training.grad_clip"
 
 
@@ -286,6 +290,7 @@ def load_weights(checkpoint: Path, name: str, tensors: Mapping[str, Tensor]) -> 
             given, or are not finite.
     """
     path = checkpoint / f"{name}.safetensors"
+    check_size(checkpoint, name, tensors.values())
     _check_digest(path)
     try:
         found = safetensors.torch.load_file(path)
@@ -297,6 +302,25 @@ def load_weights(checkpoint: Path, name: str, tensors: Mapping[str, Tensor]) -> 
             tensor.copy_(found[key])
 
 
+def check_size(checkpoint: Path, name: str, tensors: Iterable[Tensor]) -> None:
+    """Raises a CheckpointError unless a file of weights has about the size of these tensors, which may be meta ones.
+
+    A file that lies is then refused before memory is taken, for itself or for the network that its config describes.
+    """
+    sizes = [tensor.nbytes for tensor in tensors]
+    names = 4096 * (len(sizes) + 1)
+    _check_size(checkpoint / f"{name}.safetensors", 2 * sum(sizes) + names, (sum(sizes) - names) // 2)
+
+
+def _check_size(path: Path, most: int, least: int = 0) -> None:
+    try:
+        if not least <= (size := path.stat().st_size) <= most:
+            needed = f"at most {most:,}" if size > most else f"at least {least:,}"
+            raise ValueError(f"it has {size:,} bytes; the network in state.json needs {needed}")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Loads Adam's moments and numbers of steps; learning rates and the like stay as they are.
 
@@ -304,14 +328,16 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         CheckpointError: the file is missing or damaged, or it does not fit the parameters of the optimizer.
     """
     path = checkpoint / "optimizer.pt"
-    _check_digest(path)
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     wanted = {
         f"{i}.{key}": torch.empty_like(p, device="cpu") if key.startswith("exp") else torch.empty(())
         for i, p in parameters.items()
         for key in MOMENTS
     }
-    found = _load_moments(path, room=2 * sum(tensor.nbytes for tensor in wanted.values()) + 4096 * (len(wanted) + 1))
+    room = 2 * sum(tensor.nbytes for tensor in wanted.values()) + 4096 * (len(wanted) + 1)
+    _check_size(path, 2 * room)  # with the names of its entries, and what pads them
+    _check_digest(path)
+    found = _load_moments(path, room)
     _check_tensors(path, found, wanted, "not the moments of the network in state.json")
     for name, tensor in found.items():
         if (tensor < 0).any() and not name.endswith("exp_avg"):
@@ -326,10 +352,15 @@ def _load_moments(path: Path, room: int) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            pickles = [archive.read(e) for e in entries if e.filename.endswith(".pkl") and e.file_size <= room]
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed")
         if (size := sum(entry.file_size for entry in entries)) > room:
             raise ValueError(f"it holds {size:,} bytes, more than the {room:,} that the network can need")
+        for opcode, name, _ in itertools.chain(*map(pickletools.genops, pickles)):
+            # The loader's own list has functions that allocate whatever a file says, such as bytearray.
+            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not IN_MOMENTS.fullmatch(str(name)):
+                raise ValueError(f"it holds {name}, and moments are tensors")
         states = torch.load(path, map_location="cpu", weights_only=True)["state"]
         return {f"{i}.{key}": tensor for i, state in states.items() for key, tensor in state.items()}
     except Exception as error:  # the loader raises whatever the content of a damaged file leads to
@@ -357,7 +388,11 @@ def _check_digest(path: Path) -> None:
     """Compares a file with its checksum, where there is one."""
     sums = path.parent / SUMS
     try:
-        if sums.is_file() and f"{digest(path)}  {path.name}" not in sums.read_text(encoding="utf-8").splitlines():
+        if not sums.is_file():
+            return
+        with open(sums, encoding="utf-8") as file:
+            lines = file.read(LARGEST_SUMS).splitlines()
+        if f"{digest(path)}  {path.name}" not in lines:
             raise ValueError(f"it differs from its checksum in {SUMS}")
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None

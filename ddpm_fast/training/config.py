@@ -16,6 +16,8 @@ from ..diffusion import LOSS_TYPES, GaussianDiffusion
 from ..nn.unet import UNet
 from ..timestep_sampling import TIMESTEP_SAMPLERS
 
+LARGEST = 1 << 20  # bytes of a config
+
 
 class ConfigError(ValueError):
     """The config cannot be used. The message has one line for each invalid key."""
@@ -87,17 +89,21 @@ DataConfig = Annotated[
 ]
 
 
+Size = Annotated[int, Field(gt=0, le=1 << 16)]
+Sizes = Annotated[tuple[Size, ...], Field(max_length=16)]  # one for each level, each of which halves an image
+
+
 class ModelConfig(_Section):
     """The arguments of `UNet`. With `preset`, they override those of the preset."""
 
     preset: str | None = None
-    image_size: int | None = Field(None, gt=0)
-    channels: int | None = Field(None, gt=0)
-    dim: int | None = Field(None, gt=0)
-    dim_mults: tuple[int, ...] | None = None
-    num_res_blocks: int | None = Field(None, gt=0)
-    attention_resolutions: tuple[int, ...] | None = None
-    num_heads: int | None = Field(None, gt=0)
+    image_size: Size | None = None
+    channels: Size | None = None
+    dim: Size | None = None
+    dim_mults: Sizes | None = None
+    num_res_blocks: int | None = Field(None, gt=0, le=100)
+    attention_resolutions: Sizes | None = None
+    num_heads: Size | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     norm_groups: int | None = Field(None, gt=0)
     norm_eps: float | None = Field(None, gt=0)
@@ -111,7 +117,7 @@ class DiffusionConfig(_Section):
     samplers and spacings that another package has registered can be used in a config.
     """
 
-    timesteps: int = Field(1000, gt=0)
+    timesteps: int = Field(1000, gt=0, le=100_000)
     sampling_timesteps: int | None = Field(None, gt=0)
     sampler: Annotated[str, _name_in(samplers.SAMPLERS)] | None = None
     spacing: Annotated[str, _name_in(samplers.SPACINGS)] | None = None
@@ -165,7 +171,10 @@ class TrainingConfig(_Section):
     save_every: int = Field(5000, gt=0)
     sample_every: int = Field(5000, gt=0)
     workers: int | None = Field(
-        None, ge=0, description="processes that decode image files; null: chosen by the number of cores; 0: none"
+        None,
+        ge=0,
+        le=1024,
+        description="processes that decode image files; null: chosen by the number of cores; 0: none",
     )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="where the loss, the samples and more are sent to while the training goes on"
@@ -208,7 +217,10 @@ def load(path: str | Path) -> RunConfig:
     shipped = {Path(f.name).stem: f for f in (files("ddpm_fast") / "configs").iterdir()}
     if not path.is_file() and str(path) not in shipped:
         raise ConfigError(f"{path}: no such file, and none of the shipped configs: {', '.join(sorted(shipped))}")
-    content = (path if path.is_file() else shipped[str(path)]).read_bytes()
+    with (path if path.is_file() else shipped[str(path)]).open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ConfigError(f"{path}: a config has at most {LARGEST:,} bytes")
     try:
         # Given bytes, json.loads finds the encoding: UTF-8, with a byte order mark or without, UTF-16 or UTF-32.
         values = json.loads(content, object_pairs_hook=_with_distinct_keys, parse_constant=_refuse_constant)
@@ -290,7 +302,7 @@ def build_network(config: RunConfig) -> UNet:
         arguments["learned_variance"] = True
     try:
         return UNet.preset(preset, **arguments) if preset else UNet(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more numbers than memory can hold
         raise ConfigError(f"model: {error}") from None
 
 

@@ -117,6 +117,8 @@ def load_run(folder: str | Path, *, ema: str | float = "default") -> Run:
     folder = Path(folder)
     newest = checkpoint.latest(folder)
     config = check(checkpoint.load_state(newest)["config"], newest / "state.json")
+    with torch.device("meta"):  # no memory is taken before the weights are known to be there
+        checkpoint.check_size(newest, "ema", weights_of(build_diffusion(config)).values())
     diffusion = build_diffusion(config)
     name = load_average(newest, _run_of(newest), config.training, ema, weights_of(diffusion))
     diffusion.fitted = FittedSamplers(_run_of(newest), diffusion.model)
