@@ -107,7 +107,7 @@ def distance(found: tuple[np.ndarray, np.ndarray], wanted: tuple[np.ndarray, np.
 
 
 def plot(results: dict[str, dict[int, float]], yardsticks: dict[str, float], n: int, title: str, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for label, by_steps in results.items():
         axes.plot(by_steps.keys(), by_steps.values(), marker="o", label=label)
     steps = sorted({step for by_steps in results.values() for step in by_steps})
@@ -118,7 +118,7 @@ def plot(results: dict[str, dict[int, float]], yardsticks: dict[str, float], n: 
     axes.set_xticks(steps, steps)
     axes.minorticks_off()
     axes.set_title(f"{title}, in the features of a classifier trained on it")
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
 
