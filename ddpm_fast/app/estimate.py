@@ -163,8 +163,7 @@ def estimate(config: RunConfig) -> Estimate:
         parameters=sum(p.numel() for p in diffusion.model.parameters()),
         timed=own.images,
         pictures=calls * sampling_time(config, device, own.image),
-        checkpoint=(1 + averages.count(config.training)) * own.weights
-        + 2 * trained,
+        checkpoint=(1 + averages.count(config.training)) * own.weights + 2 * trained,
         snapshots=snapshots * len(TRACKED) * own.weights // 2,
         pictures_size=pixels * (previews * PREVIEW + SAMPLES + 11 * ROWS),  # PNG hardly compresses noise
         free_memory=free,
