@@ -36,7 +36,7 @@ from ..diffusion import GaussianDiffusion
 from ..fitting import weights_digest
 from . import checkpoint
 from .averages import load_average, weights_of
-from .config import RunConfig, build_diffusion, check
+from .config import RunConfig, build_diffusion, build_network, check
 from .fitted_samplers import FittedSamplers
 from .pictures import save_grid
 from .precision import in_precision
@@ -118,7 +118,10 @@ def load_run(folder: str | Path, *, ema: str | float = "default") -> Run:
     newest = checkpoint.latest(folder)
     config = check(checkpoint.load_state(newest)["config"], newest / "state.json")
     with torch.device("meta"):  # no memory is taken before the weights are known to be there
-        checkpoint.check_size(newest, "ema", weights_of(build_diffusion(config)).values())
+        weights = list(build_network(config).state_dict().values())
+        if config.diffusion.variance == "learnable":
+            weights.append(torch.empty(config.diffusion.timesteps))
+    checkpoint.check_size(newest, "ema", weights)
     diffusion = build_diffusion(config)
     name = load_average(newest, _run_of(newest), config.training, ema, weights_of(diffusion))
     diffusion.fitted = FittedSamplers(_run_of(newest), diffusion.model)
