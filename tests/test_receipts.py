@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from training_runs import small
+from training_runs import small, without_curve  # noqa: F401  (fixture)
 
 from ddpm_fast import samplers
 from ddpm_fast.app import cli
@@ -148,6 +148,18 @@ def test_weights_are_looked_for_in_all_checkpoints_of_the_run(run, pictures, tmp
     assert reproduce([pictures[0]], newest)[0].differences == 0
     with pytest.raises(ReceiptError, match="has no checkpoint with the weights"):
         reproduce([run.folder / "previews" / "step-00000002.png"], newest)
+
+
+def test_pictures_of_other_averages_are_made_again(tmp_path):
+    config = small(training__steps=2, training__ema_decay=[0.9, 0.05], training__ema_snapshot_every=1)
+    folder = trainer.train(config, tmp_path / "run").folder
+    names, digests = ("default", "0.05", "sigma_rel=0.08", "none"), set()
+    for name in names:
+        write_samples(load_run(folder, ema=name), tmp_path / f"{name}.png", n=2, sampler="ddim", steps=2)
+        digests.add(receipt_in(tmp_path / f"{name}.png")["weights"])
+    assert len(digests) == 4
+    found = reproduce([tmp_path / f"{name}.png" for name in names], folder)
+    assert [each.told for each in found] == ["equal"] * 4
 
 
 def test_threads_are_those_of_the_receipt_and_put_back(run, pictures, tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ class _Again:
 
     def __init__(self, folder: Path, *, progress: bool) -> None:
         self._folder, self._progress = folder, progress
-        self._found: tuple[tuple[str, str], Run] | None = None
+        self._found: tuple[tuple[str, ...], Run] | None = None
         self._sampled: tuple[object, Tensor] | None = None
 
     def compare(self, path: Path, receipt: Receipt, size: tuple[int, int], mode: str) -> Reproduced:
@@ -119,7 +119,7 @@ class _Again:
     def _run(self, receipt: Receipt) -> Run:
         """The run with the weights of a receipt, in its precision."""
         if self._found is None or self._found[0] != _weights(receipt):
-            run = _with_weights(self._folder, receipt.weights).in_precision(receipt.precision)
+            run = _with_weights(self._folder, receipt.ema, receipt.weights).in_precision(receipt.precision)
             self._found, self._sampled = (_weights(receipt), run), None
         return self._found[1]
 
@@ -143,8 +143,8 @@ class _Again:
         return self._sampled[1]
 
 
-def _weights(receipt: Receipt) -> tuple[str, str]:
-    return receipt.weights, receipt.precision
+def _weights(receipt: Receipt) -> tuple[str, ...]:
+    return receipt.weights, receipt.ema, receipt.precision
 
 
 def _settings(receipt: Receipt) -> str:
@@ -152,8 +152,8 @@ def _settings(receipt: Receipt) -> str:
     return receipt.model_copy(update={"picture": "grid", "index": 0, "count": 1, "states": None}).model_dump_json()
 
 
-def _with_weights(folder: Path, weights: str) -> Run:
-    """The run with these weights, from whichever of its checkpoints has them.
+def _with_weights(folder: Path, ema: str, weights: str) -> Run:
+    """The run with these weights, an average of a certain name, from whichever of its checkpoints has them.
 
     Raises:
         ReceiptError: none has them.
@@ -164,7 +164,7 @@ def _with_weights(folder: Path, weights: str) -> Run:
     others = []
     for candidate in candidates:
         try:
-            run = load_run(candidate)
+            run = load_run(candidate, ema=ema)
         except checkpoint.CheckpointError as error:
             others.append(str(error))
             continue

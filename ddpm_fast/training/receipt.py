@@ -52,6 +52,7 @@ class Receipt(BaseModel):
         spacing: of the timesteps; None for the sampler's own.
         eta: the noise of a sampler that takes one.
         coefficients: SHA-256 of the timesteps (int64) and rows (float32) of the sampler's table.
+        ema: which average of the weights they are, as `run.load_run` takes it.
         weights: SHA-256 of the network's float32 weights, as `fitting.weights_digest` defines it.
         precision: that the network was computed in.
         sampled: the number of images that were sampled, from index 0 on.
@@ -73,6 +74,7 @@ class Receipt(BaseModel):
     spacing: Word | None
     eta: float | None = Field(ge=0)
     coefficients: Digest
+    ema: Word = "default"
     weights: Digest
     precision: Literal["fp32", "bf16", "fp16"]
     sampled: int = Field(gt=0, lt=1 << 63)
@@ -150,6 +152,7 @@ def software() -> PngInfo:
 
 def receipt_of(
     diffusion: GaussianDiffusion,
+    ema: str,
     weights: str,
     n: int,
     batch_size: int,
@@ -164,7 +167,7 @@ def receipt_of(
 
     Args:
         diffusion: that samples.
-        weights: digest of its float32 weights.
+        ema, weights: the name of its weights, and their digest in float32.
         seed, sampler, steps, eta, spacing: as `diffusion.sample` is given them.
 
     Raises:
@@ -182,6 +185,7 @@ def receipt_of(
         spacing=diffusion.spacing if spacing is None and name != "fitted" else spacing,
         eta=None if not takes_eta else float(diffusion.ddim_sampling_eta if eta is None else eta),
         coefficients=table_digest(table),
+        ema=ema,
         weights=weights,
         precision=next(name for name, of in PRECISIONS.items() if of == dtype),
         sampled=n,

@@ -81,7 +81,8 @@ class Run:
             batch_size: of the batches, if several processes share the images; see `batch_size`.
             how: seed, sampler, steps, eta and spacing, as `sample_batches` is given them.
         """
-        return receipt_of(self.diffusion, self.digest(), n, batch_size or self.batch_size(n), **({"seed": 0} | how))
+        size = batch_size or self.batch_size(n)
+        return receipt_of(self.diffusion, self.ema, self.digest(), n, size, **({"seed": 0} | how))
 
     def batch_size(self, n: int, count: int = 1) -> int:
         """The size of the batches in which `count` processes sample n images, such as is known to fit into memory."""
