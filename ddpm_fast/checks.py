@@ -1,6 +1,20 @@
 """Input validation: every error says what was given and what is needed."""
 
-__all__ = ["choice", "finite", "floating", "images", "integer", "options", "pixels", "require", "timesteps"]
+__all__ = [
+    "choice",
+    "finite",
+    "floating",
+    "images",
+    "integer",
+    "integers",
+    "numbers",
+    "options",
+    "pixels",
+    "require",
+    "sample_shape",
+    "shape",
+    "timesteps",
+]
 
 import inspect
 import math
@@ -38,6 +52,23 @@ def integer(name: str, value: Any, low: int, limit: int | None = None) -> int:
     return number
 
 
+def integers(name: str, values: Any, low: int) -> tuple[int, ...]:
+    """A sequence of integers of at least `low` each, as a tuple."""
+    try:
+        found = tuple(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a sequence of integers, got {values!r}") from None
+    return tuple(integer(f"each of {name}", value, low) for value in found)
+
+
+def sample_shape(shape: Any, channels: int, axes: int) -> tuple[int, ...]:
+    """The shape of samples, (N, channels, ...) with so many axes after the channels."""
+    found = integers("the batch size and the sizes", shape, 1)
+    if len(found) != 2 + axes or found[1] != channels:
+        raise ValueError(f"the shape must be (N, {channels}, ...) with {axes} sizes after the channels; got {found}")
+    return found
+
+
 def _index(value: Any) -> int | None:
     if isinstance(value, bool):
         return None
@@ -47,15 +78,24 @@ def _index(value: Any) -> int | None:
         return None
 
 
-def finite(name: str, value: float, low: float) -> float:
+def finite(name: str, value: float, low: float = -math.inf) -> float:
     """The value as a float: finite and at least `low`."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several numbers
         number = math.nan
-    if not low <= number < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
+    if not (low <= number < math.inf and number > -math.inf):
+        bound = "" if low == -math.inf else f" of at least {low:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return number
+
+
+def numbers(name: str, values: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A list of numbers, an array or a tensor as a tensor on the CPU."""
+    try:
+        return torch.as_tensor(values, dtype=dtype, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{name} must be a list of numbers, an array or a tensor; got {values!r:.80}") from None
 
 
 def choice(kind: str, name: Any, names: Iterable[str]) -> str:
@@ -80,15 +120,26 @@ def options(what: str, function: Callable[..., Any], given: Mapping[str, Any], s
 
 
 def floating(name: str, x: Tensor) -> None:
-    """Checks that x is floating, in the range of the network."""
-    if not x.is_floating_point():
-        raise ValueError(f"{name} must be floating, in the range of the network, [-1, 1]; got {x.dtype}")
+    """Checks that x is a floating tensor (N, ...), in the range of the network."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a floating tensor (N, ...); got {type(x).__name__}")
+    if not x.is_floating_point() or x.ndim == 0:
+        raise ValueError(
+            f"{name} must be floating, (N, ...), in the range of the network, [-1, 1]; got {x.dtype} {tuple(x.shape)}"
+        )
 
 
 def pixels(name: str, x: Tensor) -> None:
-    """Checks that x is floating or uint8."""
-    if x.dtype != torch.uint8:
+    """Checks that x is a tensor (N, ...), floating or uint8."""
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim == 0:
         floating(name, x)
+
+
+def shape(name: str, x: Tensor, wanted: tuple[int, ...], of: str) -> None:
+    """Checks that x is a floating tensor of the shape of another: it would be broadcast without a word."""
+    floating(name, x)
+    if x.shape != torch.Size(wanted):
+        raise ValueError(f"{name} must have the shape of {of}, {tuple(wanted)}; got {tuple(x.shape)}")
 
 
 def images(img: Tensor, shape: tuple[int, ...], *, unit_range: bool, bounds: tuple[float, float] | None = None) -> None:

@@ -127,6 +127,7 @@ class Denoiser(DiffusionProcess):
             rederive_pred_noise: find eps again from the clipped x_0, for pred_noise too.
             model_kwargs: further arguments of the network.
         """
+        checks.floating("x", x)
         checks.timesteps(t, x.shape[0], self.num_timesteps)
         pred, v = self.predict(x, t, x_self_cond, model_kwargs)
         pred = pred.to(x.dtype)

@@ -46,9 +46,9 @@ class ImageEditing(ReverseProcess):
             The shape of x1, in [-1, 1].
         """
         t = checks.integer("t", self.num_timesteps - 1 if t is None else t, 0, self.num_timesteps)
-        if x1.shape != x2.shape:
-            raise ValueError(f"x1 and x2 must have one shape; got {tuple(x1.shape)} and {tuple(x2.shape)}")
         checks.floating("x1", x1)
+        checks.shape("x2", x2, x1.shape, "x1")
+        lam = checks.finite("lam", lam)
         source = self.noise_source(x1, seed, sample_offset)
         times = torch.full((x1.shape[0],), t, device=x1.device)
         x1_t = self.q_sample(x1, times, source.draw(0, x1.shape))
@@ -84,7 +84,7 @@ class ImageEditing(ReverseProcess):
         Returns:
             The shape of images, float32, in the range of the network plus noise.
         """
-        self._batch_shape(None, images)  # validates them
+        self._checked(images)
         x = self._given(images)
         visited = self.step_table("ddim", steps, 0.0, spacing).t
         table = ddim_inversion(self.schedule, self.objective, visited)
@@ -133,7 +133,7 @@ class ImageEditing(ReverseProcess):
         Raises:
             ValueError: images or a mask of another shape or dtype, or a sampler that needs an earlier x0_hat.
         """
-        shape = self._batch_shape(None, images)
+        shape = self._checked(images)
         images = images.to(self.device)
         mask = _mask_for(images, mask)
         table = self.step_table("ddpm" if sampler is None else sampler, steps)

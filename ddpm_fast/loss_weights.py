@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import variances
-from .checks import choice, finite
+from .checks import choice, finite, numbers
 from .parameterization import x_start_rows
 from .schedules import NoiseSchedule
 
@@ -34,17 +34,18 @@ def min_snr(schedule: NoiseSchedule, w: Tensor, *, min_snr_gamma: float) -> Tens
 
     With a terminal SNR of 0 it is min(SNR + 1, gamma), as diffusers has it for v: x_T would have no weight otherwise.
     """
-    if not finite("min_snr_gamma", min_snr_gamma, 0) > 0:
-        raise ValueError(f"min_snr_gamma must be above 0, got {min_snr_gamma}")
+    min_snr_gamma = finite("min_snr_gamma", min_snr_gamma, 0)
+    if not min_snr_gamma:
+        raise ValueError("min_snr_gamma must be above 0, got 0")
     snr = schedule.snr if schedule.snr[-1] else schedule.snr + 1
     return snr.clamp(max=min_snr_gamma) * w**2
 
 
 def p2(schedule: NoiseSchedule, w: Tensor, *, p2_gamma: float, p2_k: float) -> Tensor:
     """L_simple over (k + SNR)^gamma: less weight where there is little noise. Choi et al. (2022), eq. 8."""
-    finite("p2_gamma", p2_gamma, 0)
-    if not finite("p2_k", p2_k, 0) > 0:
-        raise ValueError(f"p2_k must be above 0, got {p2_k}")
+    p2_gamma, p2_k = finite("p2_gamma", p2_gamma, 0), finite("p2_k", p2_k, 0)
+    if not p2_k:
+        raise ValueError("p2_k must be above 0, got 0")
     return schedule.snr / (p2_k + schedule.snr) ** p2_gamma * w**2
 
 
@@ -108,7 +109,7 @@ def loss_weight(
 
 
 def _table(weights: Tensor | Sequence[float], timesteps: int) -> Tensor:
-    table = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
+    table = numbers("loss_weight", weights, torch.float64)
     if table.shape != (timesteps,) or not (table >= 0).all() or table.isinf().any():
         values = f" with values from {table.min():.4g} to {table.max():.4g}" if table.numel() else ""
         raise ValueError(

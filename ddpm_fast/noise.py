@@ -36,13 +36,14 @@ __all__ = [
     "sample_keys",
 ]
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .checks import integer
+from .checks import integer, integers
 from .ops.noise import noise_of
 
 # Streams of other uses than the steps of a sampling run, which are fewer.
@@ -63,6 +64,8 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tens
     if not isinstance(seed, Tensor):
         # Filled in on the device: a copy of a number from the host would make it wait for the device.
         seed = torch.full((), _as_int64(integer("seed", seed, -(1 << 63), 1 << 64)), dtype=torch.int64, device=device)
+    elif seed.dtype != torch.int64 or seed.ndim:
+        raise ValueError(f"a seed that is a tensor must be int64 of shape (); got {seed.dtype} {tuple(seed.shape)}")
     return torch.stack([seed, torch.zeros_like(seed)]).to(device)
 
 
@@ -76,8 +79,9 @@ def fold_in(keys: Tensor, data: int | Tensor) -> Tensor:
     Returns:
         Keys, shape (broadcast, 2), int64.
     """
-    if isinstance(data, int):
-        data = torch.full((), _as_int64(data), device=keys.device)
+    if not isinstance(data, Tensor):
+        number = integer("data", data, -(1 << 63), 1 << 64)
+        data = torch.full((), _as_int64(number), dtype=torch.int64, device=keys.device)
     shape = torch.broadcast_shapes(keys.shape[:-1], data.shape)
     folded = ops.fold_in(keys.expand(*shape, 2).reshape(-1, 2), data.expand(shape).reshape(-1))
     return folded.view(*shape, 2)
@@ -92,6 +96,7 @@ def normal(keys: Tensor, size: int) -> Tensor:
     Returns:
         Shape (..., size), float32.
     """
+    size = integer("size", size, 0)
     return ops.normal(keys.reshape(-1, 2), size).view(*keys.shape[:-1], size)
 
 
@@ -115,6 +120,7 @@ def sample_keys(
         (N, 2), or (K, N, 2) for a range of streams; int64.
     """
     sample_offset = _index(sample_offset)
+    samples = integer("samples", samples, 0)
     keys = fold_in(key(seed, device=device), sample_offset + torch.arange(samples, device=device))  # (N, 2)
     if isinstance(streams, range):
         return fold_in(keys, torch.arange(streams.start, streams.stop, streams.step, device=device)[:, None])
@@ -142,9 +148,9 @@ def gaussian(
     Raises:
         ValueError: a shape without a batch axis, or a seed, stream or offset that is not a number in range.
     """
-    shape = tuple(shape)
-    if not shape or any(size < 0 for size in shape):
-        raise ValueError(f"shape must be (N, ...) with sizes of at least 0, got {shape}")
+    shape = integers("shape", shape, 0)
+    if not shape or math.prod(shape) >= 1 << 60:
+        raise ValueError(f"shape must be (N, ...) with less than 2^60 numbers in all, got {shape}")
     keys = sample_keys(shape[0], seed=seed, streams=stream, sample_offset=sample_offset, device=device)
     return noise_of(keys, shape).to(dtype)
 

@@ -175,7 +175,12 @@ class DiffusionProcess(nn.Module):
         picked = rows[t].view(len(t), rows.shape[1], *[1] * (x.ndim - 1))
         return picked.unbind(1)
 
-    def _extract(self, t: Tensor, x: Tensor, *tables: Tensor) -> list[Tensor]:
+    def _extract(self, t: Tensor, named: dict[str, Tensor], *tables: Tensor) -> list[Tensor]:
+        """The numbers of tables at t, shaped to broadcast against the tensors, which have one shape."""
+        (first, x), *others = named.items()
+        checks.floating(first, x)
+        for name, y in others:
+            checks.shape(name, y, x.shape, first)
         checks.timesteps(t, len(x), self.num_timesteps)
         return [table[t].view(-1, *[1] * (x.ndim - 1)) for table in tables]
 
@@ -212,34 +217,38 @@ class DiffusionProcess(nn.Module):
     def _check_start(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> None:
         checks.pixels("x_start", x_start)
         checks.timesteps(t, x_start.shape[0], self.num_timesteps)
-        if noise is not None and noise.shape != x_start.shape:
-            raise ValueError(f"noise must have the shape of x_start, {tuple(x_start.shape)}; got {tuple(noise.shape)}")
+        if noise is not None:
+            checks.shape("noise", noise, x_start.shape, "x_start")
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_0 = x_t / a - eps s / a. Ho et al. (2020), eq. 4."""
-        recip, recipm1 = self._extract(t, x_t, self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
+        recip, recipm1 = self._extract(
+            t, {"x_t": x_t, "noise": noise}, self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod
+        )
         return recip * x_t - recipm1 * noise
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """eps = (x_t - a x_0) / s."""
-        a, s = self._extract(t, x_t, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        a, s = self._extract(t, {"x_t": x_t, "x0": x0}, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
         return (x_t - a * x0) / s
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = a eps - s x_0. Salimans & Ho (2022), appendix D."""
-        a, s = self._extract(t, x_start, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        a, s = self._extract(
+            t, {"x_start": x_start, "noise": noise}, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        )
         return a * noise - s * x_start
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = a x_t - s v."""
-        a, s = self._extract(t, x_t, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        a, s = self._extract(t, {"x_t": x_t, "v": v}, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
         return a * x_t - s * v
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance (clipped at 1e-20) of q(x_{t-1} | x_t, x_0). Ho et al. (2020), eq. 7."""
         coef1, coef2, variance, log_variance = self._extract(
             t,
-            x_t,
+            {"x_t": x_t, "x_start": x_start},
             self.posterior_mean_coef1,
             self.posterior_mean_coef2,
             self.posterior_variance,

@@ -86,6 +86,7 @@ class ReverseProcess(Denoiser):
 
     def normalize(self, img: Tensor) -> Tensor:
         """[0, 1], or uint8, to [-1, 1]; floating images as they are without auto_normalize. float32."""
+        checks.pixels("img", img)
         x = img.to(self.betas.dtype)
         if img.dtype == torch.uint8:
             return x * (2 / 255) - 1
@@ -118,7 +119,7 @@ class ReverseProcess(Denoiser):
         own = {"eta": self.ddim_sampling_eta if eta is None else eta, "variance": self.ancestral_variance()}
         wanted = inspect.signature(function).parameters
         chosen = {name: value for name, value in own.items() if name in wanted}
-        if eta and "eta" not in wanted:
+        if "eta" not in wanted and eta:
             chosen["eta"] = eta  # an error that says what the sampler takes
         return samplers.make(sampler, self.schedule, self.objective, steps, spacing=spacing, **chosen)
 
@@ -142,9 +143,7 @@ class ReverseProcess(Denoiser):
     ) -> StepTable:
         """A table of the last `strength` of the timesteps that `step_table` visits, which begins as a run does."""
         if not (isinstance(strength, int | float) and 0 < strength <= 1):
-            raise ValueError(
-                f"strength is the share of the steps that are taken, above 0 and up to 1; got {strength!r}"
-            )
+            raise ValueError(f"strength is the share of the steps to take, above 0 and up to 1; got {strength!r}")
         table = self.step_table(sampler, steps, eta, spacing)
         visited = table.t.unique().flip(0)  # heun calls the network twice at some
         kept = max(1, round(strength * len(visited)))
@@ -180,9 +179,7 @@ class ReverseProcess(Denoiser):
         how = {"start_step": start_step, "model_kwargs": model_kwargs}
         if self.overrides(*(self.CALLED_BY_P_SAMPLE if whole_chain else self.CALLED_BY_DDIM_SAMPLE)):
             if dynamic_threshold is not None:
-                raise ValueError(
-                    "dynamic_threshold needs the methods of GaussianDiffusion; a subclass has changed some"
-                )
+                raise ValueError("dynamic_threshold needs the methods of GaussianDiffusion; a subclass changed some")
             return MethodRun(self, x, table, source, **how, by_p_sample=whole_chain)
         how |= {"with_x_start": with_x_start, "dynamic_threshold": dynamic_threshold}
         return SamplingRun(self, x, table, source, **how)
@@ -208,7 +205,7 @@ class ReverseProcess(Denoiser):
         progress: bool = False,
     ) -> Iterator[SampleState]:
         """The states 0, every, 2 every ... and the last (None: the last alone) of a run, in the range of `sample`."""
-        shape = tuple(checks.integer("batch_size and every size", size, 1) for size in shape)
+        shape = checks.sample_shape(shape, self.channels, len(self.image_size))
         if (init is None) != (strength is None):
             raise ValueError("init (images to begin with) and strength (the share of the steps) need each other")
         if init is None:
@@ -218,22 +215,15 @@ class ReverseProcess(Denoiser):
         source = self.noise_source(self.betas, seed, sample_offset)
         if noise is None:
             noise = source.draw(0, shape)
-        elif noise.shape != torch.Size(shape):
-            raise ValueError(f"noise is x_T and must have the shape {tuple(shape)}; got {tuple(noise.shape)}")
         else:
-            checks.require(noise.isfinite().all(), lambda: "noise, x_T, holds NaN or inf")
+            checks.shape("noise", noise, shape, "x_T")
+            checks.require(noise.isfinite().all(), lambda: "noise holds NaN or inf")
         x = noise.to(self.betas)
         if init is not None:
             first = torch.full((len(init),), int(table.t[0]), device=self.device)
             x = self.q_sample(self._given(init), first, x)
-        run = self._start(
-            x,
-            table,
-            source,
-            with_x_start=with_x_start,
-            dynamic_threshold=dynamic_threshold,
-            model_kwargs=model_kwargs,
-        )
+        how = {"with_x_start": with_x_start, "dynamic_threshold": dynamic_threshold}
+        run = self._start(x, table, source, **how, model_kwargs=model_kwargs)
         timesteps = [*table.t.tolist(), -1]
 
         def state(step: int) -> SampleState:
@@ -264,14 +254,18 @@ class ReverseProcess(Denoiser):
 
     def _batch_shape(self, batch_size: int | None, init: Tensor | None) -> tuple[int, ...]:
         """The shape of the samples: 16 of them, or as many as there are in `init`."""
-        shape = (self.channels, *self.image_size)
         if init is None:
-            return 16 if batch_size is None else batch_size, *shape
-        bounds = clip_bounds(self.clip_denoised)
-        checks.images(init, shape, unit_range=self.auto_normalize, bounds=bounds)
+            return 16 if batch_size is None else batch_size, self.channels, *self.image_size
+        shape = self._checked(init)
         if batch_size not in (None, len(init)):
             raise ValueError(f"batch_size is that of init, {len(init)}, and may be left out; got {batch_size}")
-        return init.shape
+        return shape
+
+    def _checked(self, images: Tensor) -> tuple[int, ...]:
+        """The shape of given images, whose form and range are validated."""
+        bounds = clip_bounds(self.clip_denoised)
+        checks.images(images, (self.channels, *self.image_size), unit_range=self.auto_normalize, bounds=bounds)
+        return images.shape
 
     def _given(self, images: Tensor) -> Tensor:
         """Images in the range of the network, on its device and in the layout of noise, so that runs share a graph."""
@@ -390,6 +384,8 @@ class ReverseProcess(Denoiser):
             (x_{t-1}, clipped x0_hat).
         """
         t = checks.integer("t", t, 0, self.num_timesteps)
+        checks.floating("x", x)
+        checks.shape("noise", x if noise is None else noise, x.shape, "x")
         stream = self.num_timesteps - t
         source = self.noise_source(x, seed, sample_offset)
         times = torch.full((x.shape[0],), t, device=x.device)

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .checks import choice, integer, options
+from .checks import choice, integer, numbers, options
 
 MAX_BETA = 0.999  # Nichol & Dhariwal (2021), sec. 3.2: keeps abar_T above 0
 
@@ -38,7 +38,7 @@ class NoiseSchedule:
     def __init__(
         self, betas: Tensor | Sequence[float], *, name: str = "betas", zero_terminal_snr: bool = False
     ) -> None:
-        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
+        betas = numbers(name, betas, torch.float64).clone()
         if betas.ndim != 1 or not len(betas):
             raise ValueError(f"{name}: betas must have the shape (timesteps,), got {tuple(betas.shape)}")
         outside = ~((betas > 0) & (betas < 1))  # true for NaN as well
@@ -199,4 +199,8 @@ def make(name: str, timesteps: int, **kwargs: float) -> NoiseSchedule:
     choice("beta_schedule", name, SCHEDULES)
     timesteps = integer("timesteps", timesteps, 1)
     options(f"beta_schedule {name!r}", SCHEDULES[name], kwargs, skip=1)
-    return NoiseSchedule(SCHEDULES[name](timesteps, **kwargs), name=f"beta_schedule {name!r}")
+    try:
+        betas = SCHEDULES[name](timesteps, **kwargs)
+    except (TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"beta_schedule {name!r} cannot be made of {kwargs}: {error}") from None
+    return NoiseSchedule(betas, name=f"beta_schedule {name!r}")

@@ -100,7 +100,7 @@ def test_noise_may_be_given_and_is_not_changed():
     assert torch.equal(a, diffusion.sample(3, sampler="ddim", noise=x_T, seed=77))
     diffusion(images(3), x_T)
     assert torch.equal(x_T, before)
-    with pytest.raises(ValueError, match=r"x_T and must have the shape \(3, 2, 4, 6\); got \(2, 2, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"noise must have the shape of x_T, \(3, 2, 4, 6\); got \(2, 2, 4, 6\)"):
         diffusion.sample(3, noise=x_T[:2])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import integer
+from ..checks import finite, integer, integers
 from .deferred_sum import DeferredSum, convolved, normalised_alone
 from .group_norm import GroupNorm, unhooked
 from .layers import Attention, Downsample, ResidualBlock, TimeEmbedding, Upsample, weight_dtype
@@ -73,8 +73,17 @@ class UNet(nn.Module):
         super().__init__()
         sizes = {"image_size": image_size, "channels": channels, "dim": dim, "num_res_blocks": num_res_blocks}
         sizes |= {"num_heads": num_heads, "norm_groups": norm_groups}
-        for name, value in [*sizes.items(), *(("dim_mults", mult) for mult in dim_mults)]:
-            integer(name, value, 1)
+        sizes = {name: integer(name, value, 1) for name, value in sizes.items()}
+        image_size, channels, dim, num_res_blocks, num_heads, norm_groups = sizes.values()
+        dim_mults = integers("dim_mults", dim_mults, 1)
+        attention_resolutions = integers("attention_resolutions", attention_resolutions, 1)
+        if not dim_mults:
+            raise ValueError("dim_mults must have one multiple of dim for each level, at least one; got none")
+        norm_eps, dropout = finite("norm_eps", norm_eps, 0), finite("dropout", dropout, 0)
+        if not norm_eps:
+            raise ValueError("norm_eps must be above 0, got 0")
+        if dropout >= 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.image_size = image_size
         self.channels = channels
         self.gradient_checkpointing = gradient_checkpointing

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
-from .arguments import FLOATING, Rule, Rules
+from .arguments import FLOATING, Rule, Rules, check_eps
 from .group_norm_silu import group_norm_silu, in_their_dtypes, modulation_fits
 from .recompute_group_norm_silu import Statistics, input_bias_rows
 from .transforms import by_reference_backward
@@ -189,6 +189,7 @@ def add_and_normalise(
         keep: False if the sum is not needed where only input_bias is added; it is then not stored, and h is x.
     """
     _RULES.check(x, weight, bias, groups, scale, shift, input_bias, residual, skip)
+    check_eps("add_group_norm_silu", eps)
     if not fuses(x) or _op.by_reference(x):
         h = reference.add_inputs(x, input_bias, residual, skip)
         return Normalised(group_norm_silu(h, weight, bias, groups, eps, silu=silu, scale=scale, shift=shift), h, None)

@@ -4,8 +4,9 @@ rules = Rules("normal", ("keys", "size"), Rule("size of at least 0", lambda keys
 rules.check(keys, size)  # ValueError: normal needs size of at least 0; got keys int64 (3, 2) cpu, size -1
 """
 
-__all__ = ["FLOATING", "Rule", "Rules", "check_index", "needs_grad"]
+__all__ = ["FLOATING", "Rule", "Rules", "bounds", "check_eps", "check_index", "needs_grad"]
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,11 @@ class Rules:
     def check(self, *arguments: Any) -> None:
         """Raises ValueError with the first requirement that is not met, and what was given."""
         for rule in self.rules:
-            if not rule[1](*arguments):
+            try:
+                holds = rule[1](*arguments)
+            except AttributeError:  # not a tensor
+                holds = False
+            if not holds:
                 self._refuse(rule.needs, arguments)
 
     def _refuse(self, needs: str, arguments: tuple[Any, ...]) -> None:
@@ -45,7 +50,7 @@ class Rules:
 def describe(value: Any) -> str:
     """A tensor's dtype, shape and device, or the value itself."""
     if not isinstance(value, Tensor):
-        return str(value)
+        return f"{value!r:.80}"
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} {value.device}"
 
 
@@ -86,6 +91,25 @@ def check_index(op: str, name: str, index: Tensor, count: int) -> None:
     if outside:
         value = index.flatten()[outside[0]]
         raise RuntimeError(f"{op}: {name}[{outside[0]}] is {value}, but rows has {count}, counted from 0")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """Raises unless eps can be added to a variance."""
+    if not isinstance(eps, int | float) or not 0 <= eps < 1 << 64:
+        raise ValueError(f"{op} needs an eps of at least 0 and below 2^64; got {eps!r:.80}")
+
+
+def bounds(op: str, clip: tuple[float, float] | None) -> tuple[float, float]:
+    """The bounds of x0_hat as numbers, infinite where there are none."""
+    if clip is None:
+        return -math.inf, math.inf
+    try:
+        low, high = map(float, clip)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low <= high:
+        raise ValueError(f"{op} needs a clip of (low, high) with low <= high, or None; got {clip!r}")
+    return low, high
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

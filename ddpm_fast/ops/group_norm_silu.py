@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
-from .arguments import FLOATING, Rule, Rules
+from .arguments import FLOATING, Rule, Rules, check_eps
 from .transforms import by_reference_backward
 
 __all__ = ["group_norm_silu", "in_their_dtypes", "modulation_fits"]
@@ -120,6 +120,7 @@ def group_norm_silu(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _RULES.check(x, weight, bias, groups, scale, shift)
+    check_eps("group_norm_silu", eps)
     x = x.contiguous(memory_format=layout.memory_format(x))
     weight, bias, scale, shift = in_their_dtypes(x, weight, bias, scale, shift)
     return _op(x)(*GroupNormSiluArguments(x, weight, bias, scale, shift, groups, eps, silu))[0]

@@ -1,6 +1,5 @@
 """One step of any sampler, x_next = A x + B clip(x0_hat) + C x0_prev + sigma z, with x0_hat = u x + w pred."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from .arguments import (
     FLOATING,
     Rule,
     Rules,
+    bounds,
     check_index,
     describe,
     is_index,
@@ -131,9 +131,9 @@ def reverse_step(
         ValueError: shapes, dtypes or devices that do not fit, or both noise and keys.
         RuntimeError: a step on the CPU that is not in [0, K).
     """
-    bounds = clip if isinstance(clip, Tensor) else None
-    low, high = (-math.inf, math.inf) if clip is None or bounds is not None else clip
-    _RULES.check(x, pred, noise, keys, x_start_prev, variance, bounds, step, rows)
+    own_bounds = clip if isinstance(clip, Tensor) else None
+    low, high = bounds("reverse_step", clip if own_bounds is None else None)
+    _RULES.check(x, pred, noise, keys, x_start_prev, variance, own_bounds, step, rows)
     memory_format = layout.memory_format(x)
     # A state in half precision goes with predictions of its own dtype, one in float32 with any.
     pred_dtype = pred.dtype
@@ -145,7 +145,7 @@ def reverse_step(
             "detach its inputs, or give no `out`"
         )
     if out is not None:
-        inputs = {"pred": pred, "noise": noise, "variance": variance, "clip": bounds, "keys": keys, "rows": rows}
+        inputs = {"pred": pred, "noise": noise, "variance": variance, "clip": own_bounds, "keys": keys, "rows": rows}
         _check_out(out, x, inner, memory_format, inputs | {"step": step, "x_start_prev": x_start_prev})
         return_x_start, return_model_input = out.x_start is not None, out.model_input is not None
     x = x.contiguous(memory_format=memory_format)
@@ -154,11 +154,11 @@ def reverse_step(
     if keys is not None and keys.dim() == 2:
         keys = keys[None]
     rows = layout.table(rows, x)
-    if bounds is not None:
-        bounds = bounds.to(rows.dtype)
-    keys, step, bounds = layout.dense(keys, step, bounds)
+    if own_bounds is not None:
+        own_bounds = own_bounds.to(rows.dtype)
+    keys, step, own_bounds = layout.dense(keys, step, own_bounds)
 
-    arguments = (x, pred, noise, keys, x_start_prev, variance, bounds, step, rows, float(low), float(high))
+    arguments = (x, pred, noise, keys, x_start_prev, variance, own_bounds, step, rows, low, high)
     if out is None and _op.by_reference(x, wants_grad):
         x_next, x_start = _results(*arguments)
         model_input = x_next.to(pred_dtype) if return_model_input else None

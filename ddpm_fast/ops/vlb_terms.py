@@ -1,6 +1,5 @@
 """The terms of the variational bound, L_{T-1} ... L_0 (Ho et al. 2020, eq. 5)."""
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
-from .arguments import FLOATING, Rule, Rules, check_index, is_data, is_index, is_table, noise_fits
+from .arguments import FLOATING, Rule, Rules, bounds, check_index, is_data, is_index, is_table, noise_fits
 
 __all__ = ["vlb_terms"]
 
@@ -93,10 +92,10 @@ def vlb_terms(
     x_start = layout.as_given(x_start, torch.uint8 if x_start.dtype == torch.uint8 else x_t.dtype, memory_format)
     inner = x_t.dtype if torch.float64 in (x_t.dtype, pred.dtype) else pred.dtype
     pred, variance = (layout.as_given(y, inner, memory_format) for y in (pred, variance))
-    low, high = (-math.inf, math.inf) if clip is None else clip
+    low, high = bounds("vlb_terms", clip)
     (t,) = layout.dense(t)
     rows = layout.table(rows, x_t)
-    return _op(x_t)(*VlbTermsArguments(x_start, x_t, pred, variance, t, rows, float(low), float(high)))
+    return _op(x_t)(*VlbTermsArguments(x_start, x_t, pred, variance, t, rows, low, high))
 
 
 def _reference(*arguments):

@@ -31,7 +31,7 @@ def ddim(
     Raises:
         ValueError: eta is negative or not finite, or sigma^2 would exceed 1 - abar'.
     """
-    finite("eta", eta, 0)
+    eta = finite("eta", eta, 0)
     t = strided_timesteps(len(schedule), len(schedule) if steps is None else steps)
     abar, abar_next = abar_pairs(schedule, t)
     a, s, a_next = abar.sqrt(), (1 - abar).sqrt(), abar_next.sqrt()

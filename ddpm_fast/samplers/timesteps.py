@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import choice, integer
 from ..schedules import NoiseSchedule
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MOST_NOISE = 80  # s / a of x_t that says nothing of x_0: sigma_max of Karras et al. (2022)
 
 
@@ -30,8 +31,11 @@ def strided_timesteps(timesteps: int, steps: int | Sequence[int]) -> Tensor:
     if is_count(steps):
         steps = integer("steps", steps, 1, timesteps + 1)
         return torch.linspace(-1, timesteps - 1, steps + 1, device="cpu").long()[1:].flip(0)
-    chosen = torch.as_tensor(steps, device="cpu")
-    if chosen.ndim != 1 or not len(chosen) or chosen.is_floating_point() or chosen.dtype == torch.bool:
+    try:
+        chosen = torch.as_tensor(steps, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        chosen = torch.tensor(math.nan, device="cpu")
+    if chosen.ndim != 1 or not len(chosen) or chosen.dtype not in INTEGERS:
         raise ValueError(f"steps must be an integer or a list of timesteps, got {steps!r}")
     if chosen.min() < 0 or chosen.max() >= timesteps or len(chosen.unique()) < len(chosen):
         raise ValueError(f"timesteps must be distinct and lie in [0, {timesteps}); got {chosen.tolist()}")
