@@ -7,7 +7,6 @@ with another message than the one that a test wants.
 import _codecs
 import gzip
 import json
-import resource
 import shutil
 import struct
 import zipfile
@@ -27,8 +26,10 @@ from ddpm_fast.training.checkpoint import CheckpointError
 from ddpm_fast.training.fitted_samplers import FittedSamplers, SamplerFileError
 from ddpm_fast.training.run import load_run
 
+resource = pytest.importorskip("resource", reason="the system has no limit of address space")
+
 MUCH = 1 << 40  # bytes
-pytestmark = pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="the system has no limit of address space")
+pytestmark = pytest.mark.long
 
 
 @contextmanager
