@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+INT64 = 1 << 63  # the first integer that is too large for it
 # Resizing and (x + 1) / 2 leave rounding outside [0, 1]; another value range leaves far more.
 RANGE_SLACK = 1e-3
 
@@ -40,14 +41,16 @@ def require(ok: Tensor, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
-def integer(name: str, value: Any, low: int, limit: int | None = None) -> int:
+def integer(name: str, value: Any, low: int, limit: int = INT64) -> int:
     """The value as an int, from NumPy's integers too: at least `low` and below `limit`.
+
+    Without a limit of its own, it fits a tensor of int64.
 
     In a compiled graph, an int stays symbolic, so that another value needs no other graph.
     """
     number = value if type(value) is int else _index(value)
-    if number is None or number < low or (limit is not None and number >= limit):
-        bounds = f"of at least {low}" if limit is None else f"in [{low}, {limit})"
+    if number is None or number < low or number >= limit:
+        bounds = f"of at least {low}" if limit == INT64 and (number is None or number < low) else f"in [{low}, {limit})"
         raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
     return number
 

@@ -285,7 +285,7 @@ NUMBERS = {
     ),
 }  # fmt: skip
 # Other words for what was given: sizes and channels follow from one argument, and what is a tensor from another.
-WORDS = "integer|number|shape|unknown|timesteps|beta|tensor|needs|allocate|overflow"
+WORDS = "integer|number|shape|unknown|timesteps|beta|tensor|needs|allocate|overflow|eta = "
 MISTAKES = st.one_of(
     st.sampled_from([None, "1", "", b"1", [], {}, [None], ["1"], 1j, object(), math.nan, math.inf, -math.inf]),
     st.sampled_from([torch.tensor(math.nan), torch.zeros(2), torch.zeros(0), torch.tensor([[1]]), 10**400, -(2**70)]),
