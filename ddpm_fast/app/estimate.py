@@ -151,7 +151,7 @@ def estimate(config: RunConfig) -> Estimate:
     for name, other in _changes(config, precision):
         variants.append(_variant(name, measure(other, device), batch, room))
     several, note = _several(config, device, own, room)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", {_threads(torch.get_num_threads())}" if device.type == "cpu" else ""
     calls = len(diffusion.step_table()) * (SAMPLES + ROWS)
     previews = (config.training.steps - 1) // config.training.sample_every
     calls += previews * PREVIEW * min(PREVIEW_STEPS, diffusion.num_timesteps)
@@ -210,7 +210,7 @@ def _several(config: RunConfig, device: torch.device, own: StepCost, room: float
                 [],
                 "more processes: one thread cannot be divided among them (OMP_NUM_THREADS sets how many there are)",
             )
-        name = f"2 processes, {threads} thread{'s' if threads > 1 else ''} each"
+        name = f"2 processes, {_threads(threads)} each"
         found = _variant(name, in_processes(config, 2, own), batch, room, processes=2)
         return [found], "processes: they divide the threads and the images, and add up their gradients"
     count = max(2, torch.accelerator.device_count())
@@ -221,6 +221,10 @@ def _several(config: RunConfig, device: torch.device, own: StepCost, room: float
     found = Variant(f"{count} devices", step, own.memory.bytes(share), own.memory.of_an_image(share), largest)
     how = f"they divide the images, and add up their gradients at {LINK / 1e9:.0f} GB/s"
     return [found], f"devices: computed, not measured: {how}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _size(size: float) -> str:
